@@ -1,0 +1,167 @@
+"""The house rules: generated files are current, notebooks stay small, layers point downwards, the base has no torch."""
+import ast
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+from conftest import ROOT
+
+NBS = sorted((ROOT / "nbs").glob("[0-9][0-9]_*.ipynb"))
+LIGHT = ["core", "records", "simulate", "catalog", "runs", "signal", "quality", "spectrogram", "preprocess", "metrics", "plots",
+         "bundle", "predict", "exports", "doctor", "cli"]
+FLOORS = {"gradio": "6.20.0", "starlette": "1.3.0", "python-multipart": "0.0.30", "pyjwt": "2.15.0", "torch": "2.10.0", "onnx": "1.23.2",
+          "pyarrow": "26.0.0", "voila": "0.5.6", "jupyter-server": "2.20.0", "nbconvert": "7.17.1", "distributed": "2026.1.0"}
+FLOOR_EXCEPTIONS = {("all.lock", "pyarrow"): "MLflow 3.17 asks for pyarrow < 26; environments without it lock 26"}
+
+
+def cells(path, kind=None):
+    found = json.loads(path.read_text())["cells"]
+    return [c for c in found if kind is None or c["cell_type"] == kind]
+
+
+def source(cell):
+    return "".join(cell["source"])
+
+
+def exported(path):
+    return [c for c in cells(path, "code") if re.search(r"^#\|\s*exports?\b", source(c), re.M)]
+
+
+def module_of(path):
+    return next(m[1] for c in cells(path, "code") if (m := re.search(r"^#\|\s*default_exp\s+(\S+)", source(c), re.M)))
+
+
+def n_lines(cell):
+    return len([line for line in source(cell).splitlines() if line.strip() and not line.startswith("#|")])
+
+
+def tree(folder):
+    "Bytes of every generated or cleaned file."
+    kept = [p for p in folder.rglob("*") if p.suffix in (".py", ".ipynb") and "__pycache__" not in p.parts and ".ipynb_checkpoints" not in p.parts]
+    return {str(p.relative_to(folder)): p.read_bytes() for p in kept if p.is_file()}
+
+
+def test_clean_and_export_change_nothing(tmp_path):
+    for name in ("nbs", "hms_brain"):
+        shutil.copytree(ROOT / name, tmp_path / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__", "assets", ".ipynb_checkpoints"))
+    for name in ("pyproject.toml", "settings.ini", "_quarto.yml", "README.md"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    before = tree(tmp_path)
+    for command in ("nbdev-clean", "nbdev-export"):
+        subprocess.run([str(Path(sys.executable).parent / command)], cwd=tmp_path, check=True, capture_output=True)
+    after = tree(tmp_path)
+    assert sorted(before) == sorted(after)
+    assert [name for name in before if before[name] != after[name]] == []
+
+
+@pytest.mark.parametrize("path", NBS, ids=lambda p: p.stem)
+def test_budgets(path):
+    code, exports = cells(path, "code"), exported(path)
+    lengths = [n_lines(c) for c in exports]
+    assert max(lengths) <= 60 and sum(lengths) / len(lengths) <= 20, lengths
+    assert sum(lengths) <= 350, sum(lengths)
+    assert len(cells(path)) <= 80 and path.stat().st_size <= 100_000
+    assert len(cells(path, "markdown")) / len(cells(path)) >= 0.25
+    assert sum(source(c).startswith("#| hide") for c in code) <= 0.15 * len(code)
+    assert source(cells(path)[0]).startswith("# ") and re.search(r"^> \S", source(cells(path)[0]), re.M)
+
+
+@pytest.mark.parametrize("path", [*NBS, ROOT / "nbs/index.ipynb", *sorted((ROOT / "nbs/pipelines").glob("*.ipynb"))], ids=lambda p: p.stem)
+def test_notebook_is_clean_text(path):
+    notebook = json.loads(path.read_text())
+    assert notebook["metadata"]["kernelspec"]["name"] == "python3"
+    kinds = {kind for c in notebook["cells"] for o in c.get("outputs", []) for kind in o.get("data", {})}
+    assert kinds <= {"text/plain", "text/markdown", "text/latex"}
+    for c in cells(path, "code"):
+        assert "import *" not in source(c)
+        assert not any(o["output_type"] == "error" for o in c["outputs"])
+
+
+@pytest.mark.parametrize("path", NBS, ids=lambda p: p.stem)
+def test_imports_stand_alone(path):
+    "A cell with top-level imports holds nothing else: the docs build executes it."
+    for c in exported(path):
+        body = ast.parse(source(c)).body
+        is_import = [isinstance(n, ast.Import | ast.ImportFrom) or (isinstance(n, ast.If) and "TYPE_CHECKING" in ast.dump(n.test)) for n in body]
+        assert all(is_import) or not any(is_import), source(c)[:200]
+
+
+def test_layers_point_downwards():
+    number = {module_of(p): int(p.name[:2]) for p in NBS}
+    wrong = []
+    for path in NBS:
+        for node in (n for c in exported(path) for n in ast.parse(source(c)).body):
+            names = [node.module] if isinstance(node, ast.ImportFrom) and node.module else [a.name for a in getattr(node, "names", [])] if isinstance(node, ast.Import) else []
+            for name in names:
+                target = name.removeprefix("hms_brain.")
+                if name.startswith("hms_brain.") and number.get(target, 99) >= int(path.name[:2]): wrong.append(f"{path.stem} imports {target}")
+    assert wrong == []
+
+
+def test_pipelines_are_short():
+    for path in sorted((ROOT / "nbs/pipelines").glob("*.ipynb")):
+        code = cells(path, "code")
+        assert sum(c["metadata"].get("tags") == ["parameters"] for c in code) == 1, path.name
+        assert not any(re.search(r"^\s*(def|class) ", source(c), re.M) for c in code), path.name
+        assert len(code) <= 13, path.name
+
+
+def test_readme_in_sync():
+    from hms_brain.docs import render_readme
+
+    assert (ROOT / "README.md").read_text() == render_readme(ROOT / "nbs/index.ipynb"), "run `make format`"
+
+
+def test_light_modules_need_no_torch():
+    script = "import sys; sys.modules['torch'] = None\n" + "\n".join(f"import hms_brain.{m}" for m in LIGHT)
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)
+
+
+def test_help_imports_little():
+    script = "import sys, hms_brain.cli; print([m for m in ('numpy', 'pandas', 'scipy', 'rich', 'pydantic', 'torch', 'papermill') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def pins(name):
+    lines = [line for line in (ROOT / name).read_text().splitlines() if line and not line.startswith("#")]
+    found = [Requirement(line) for line in lines]
+    return {r.name.lower().replace("_", "-"): Version(next(iter(r.specifier)).version) for r in found}
+
+
+def test_locks_satisfy_the_ranges():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = [Requirement(t) for k, v in project["optional-dependencies"].items() if k != "all" for t in v]
+    for lock, wanted in (("base.lock", []), ("all.lock", extras)):
+        locked = pins(lock)
+        for r in [Requirement(t) for t in project["dependencies"]] + wanted:
+            version = locked.get(r.name.lower().replace("_", "-"))
+            assert version and version in r.specifier, f"{lock}: {r} has {version}"
+    assert "torch" not in pins("base.lock")
+
+
+def test_floors():
+    for lock in ("base.lock", "all.lock"):
+        for name, version in pins(lock).items():
+            if name in FLOORS and (lock, name) not in FLOOR_EXCEPTIONS: assert version >= Version(FLOORS[name]), f"{lock}: {name} {version}"
+        assert "python-jose" not in pins(lock)
+
+
+def test_ruff():
+    subprocess.run([sys.executable, "-m", "ruff", "check", "--quiet", "hms_brain", "tests"], check=True, cwd=ROOT)
+
+
+def test_nothing_of_the_workplace():
+    "The project speaks of itself alone: no machine paths, no registry hosts."
+    words = ["/" + "work/", "/" + "root/", "pypi" + ".org", "files.python" + "hosted"]
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split("\n")
+    hits = [f"{name}: {w}" for name in tracked if name and (ROOT / name).is_file() and (ROOT / name).suffix in (".py", ".ipynb", ".md", ".toml", ".yml", ".ini", ".lock", "")
+            for w in words if w in (ROOT / name).read_text(errors="ignore")]
+    assert hits == []
