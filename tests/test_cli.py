@@ -1,0 +1,116 @@
+"""The command line as users meet it: a real process, its output and its exit code."""
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from hms_brain.core import CLASSES, HMS_COLUMNS
+
+HMS = str(Path(sys.executable).parent / "hms")
+
+
+def hms(*words, cwd=None, timeout=120):
+    return subprocess.run([HMS, *map(str, words)], capture_output=True, text=True, cwd=cwd, timeout=timeout)
+
+
+@pytest.fixture(scope="module")
+def recording(tmp_path_factory):
+    "50 simulated seconds in the HMS layout."
+    from hms_brain.simulate import simulate_recording
+
+    path = tmp_path_factory.mktemp("eeg") / "1.parquet"
+    signal = simulate_recording(seed=5, pattern="gpd", duration=50).recording.signal
+    pd.DataFrame(signal.T, columns=list(HMS_COLUMNS)).to_parquet(path)
+    return path
+
+
+def one_line(result):
+    assert result.returncode == 2 and result.stdout == "" and "Traceback" not in result.stderr
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("hms: ")
+    return lines[0]
+
+
+def test_predict_json(recording):
+    result = hms("predict", recording, "--json")
+    assert result.returncode == 0, result.stderr
+    answer = json.loads(result.stdout)
+    assert list(answer["probabilities"]) == list(CLASSES)
+    assert abs(sum(answer["probabilities"].values()) - 1) < 1e-9
+    assert not answer["abstained"] and answer["predicted"] == max(answer["probabilities"], key=answer["probabilities"].get)
+    assert answer["bundle"]["simulated"] is True and any("simulated" in w for w in answer["warnings"])
+    assert "Research use only" in answer["notice"]
+
+
+def test_predict_writes_what_the_suffix_says(recording, tmp_path):
+    for suffix in ("html", "csv", "json"):
+        result = hms("predict", recording, "-o", tmp_path / f"p.{suffix}")
+        assert result.returncode == 0, result.stderr
+    table = pd.read_csv(tmp_path / "p.csv")
+    assert abs(table[list(CLASSES)].sum(axis=1) - 1).max() < 1e-6
+    html = (tmp_path / "p.html").read_text()
+    assert "simulated EEG only" in html and "Research use only" in html and html.count("plotly-graph-div") >= 3
+    assert "cannot write" in one_line(hms("predict", recording, "-o", tmp_path / "p.docx"))
+
+
+@pytest.mark.parametrize("value, reason", [(0.0, "flat"), (np.nan, "missing")])
+def test_predict_abstains(tmp_path, value, reason):
+    path = tmp_path / "1.parquet"
+    pd.DataFrame(np.full((10000, 20), value, np.float32), columns=list(HMS_COLUMNS)).to_parquet(path)
+    answer = json.loads(hms("predict", path, "--json").stdout)
+    assert answer["abstained"] and answer["predicted"] is None and answer["reasons"]
+    assert abs(sum(answer["probabilities"].values()) - 1) < 1e-9
+
+
+def test_predict_refuses(tmp_path, recording):
+    short = tmp_path / "short.parquet"
+    pd.read_parquet(recording).iloc[:200].to_parquet(short)
+    assert "10 s" in one_line(hms("predict", short))
+    assert "nowhere.edf" in one_line(hms("predict", tmp_path / "nowhere.edf"))
+    assert "--at" in one_line(hms("predict", recording, "--at", "-3"))
+    assert "LABEL=ELECTRODE" in one_line(hms("predict", recording, "--channel", "Fp1"))
+    assert "broken" in one_line(hms("predict", recording, "--bundle", tmp_path / "broken"))
+
+
+def test_spectrogram(recording, tmp_path):
+    result = hms("spectrogram", recording, "-o", tmp_path / "s.parquet")
+    assert result.returncode == 0, result.stderr
+    table = pd.read_parquet(tmp_path / "s.parquet")
+    assert table.shape == (25, 401) and list(table.columns[:3]) == ["time", "LL_0.59", "LL_0.78"] and table.columns[-1] == "RP_19.92"
+    assert list(table.time[:3]) == [1, 3, 5]
+
+
+def test_score(tmp_path):
+    truth = pd.DataFrame({"eeg_id": [1, 2], **{f"{c}_vote": [float(i == 0), 1 / 6] for i, c in enumerate(CLASSES)}})
+    guess = truth.copy()
+    guess[[f"{c}_vote" for c in CLASSES]] = 1 / 6
+    truth.to_csv(tmp_path / "t.csv", index=False)
+    guess.iloc[::-1].to_csv(tmp_path / "s.csv", index=False)
+    scores = json.loads(hms("score", tmp_path / "t.csv", tmp_path / "s.csv", "--json").stdout)
+    assert abs(scores["kl"] - np.log(6) / 2) < 1e-12
+    guess.iloc[:1].to_csv(tmp_path / "few.csv", index=False)
+    assert "2" in one_line(hms("score", tmp_path / "t.csv", tmp_path / "few.csv"))
+    guess.assign(lpd_vote=np.nan).to_csv(tmp_path / "nan.csv", index=False)
+    one_line(hms("score", tmp_path / "t.csv", tmp_path / "nan.csv"))
+
+
+def test_demo(tmp_path):
+    result = hms("demo", "-o", tmp_path / "demo")
+    assert result.returncode == 0, result.stderr
+    assert "The sample recording is simulated." in result.stdout and "Trained on simulated EEG only." in result.stdout
+    assert sorted(p.name for p in (tmp_path / "demo").iterdir()) == ["prediction.csv", "report.html"]
+
+
+def test_doctor():
+    findings = {f["what"]: f["verdict"] for f in json.loads(hms("doctor", "--json").stdout)}
+    assert findings["base"] == findings["train"] == findings["bundle"] == "ok"
+
+
+def test_version_and_help():
+    assert hms("--version").stdout.startswith("hms_brain 0.")
+    assert "epochs" in hms("train", "--help").stdout
+    assert hms("predict").returncode == 2

@@ -1,0 +1,116 @@
+"""Pipelines through papermill: the whole way once, and every way to fail."""
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from hms_brain.runs import read_run
+from test_cli import HMS, hms, one_line
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    "A workbench of its own: settings.ini and nothing else."
+    folder = tmp_path_factory.mktemp("workbench")
+    (folder / "settings.ini").write_text("[system]\nworkers = 1\nthreads = 1\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cache(home):
+    assert hms("simulate", "data/simulated/tiny", "--patients", 6, "--workers", 1, cwd=home).returncode == 0
+    result = hms("prepare", "-p", "data=data/simulated/tiny", "-p", "cache=data/prepared/tiny", "-p", "folds=2", "-p", "limit=48", cwd=home)
+    assert result.returncode == 0, result.stderr
+    return home / "data/prepared/tiny"
+
+
+@pytest.fixture(scope="module")
+def run(home, cache):
+    result = hms("train", "-p", f"cache={cache}", "-p", "epochs=1", "-p", "batch_size=8", "-p", "out=outputs/runs/tiny", cwd=home, timeout=300)
+    assert result.returncode == 0, result.stderr
+    return home / "outputs/runs/tiny"
+
+
+def test_train_leaves_everything(run, home):
+    record = read_run(run)
+    assert record["status"] == "ok" and record["pipeline"] == "train" and record["parameters"]["epochs"] == 1
+    assert {"03_train.ipynb", "run.json", "history.csv", "metrics.json", "model.safetensors", "bundle"} <= {p.name for p in run.iterdir()}
+    assert len(pd.read_csv(run / "history.csv")) == 1
+    sample = next((home / "data/simulated/tiny/train_eegs").iterdir())
+    answer = json.loads(hms("predict", sample, "--bundle", run / "bundle", "--json").stdout)
+    assert abs(sum(answer["probabilities"].values()) - 1) < 1e-9 and answer["bundle"]["simulated"] is True
+
+
+def test_evaluate_and_export(run, home):
+    assert hms("evaluate", run, "-p", "bootstraps=20", cwd=home).returncode == 0
+    metrics = json.loads((run / "evaluate/metrics.json").read_text())
+    assert 0 < metrics["kl"] < 10
+    assert hms("export", run, "-p", f"bundle={home / 'exported'}", cwd=home).returncode == 0
+    assert (home / "exported/manifest.json").exists()
+
+
+def test_a_typo_runs_nothing(home, cache):
+    before = sorted((home / "outputs").rglob("run.json"))
+    assert "did you mean epochs?" in one_line(hms("train", "-p", f"cache={cache}", "-p", "epoch=1", cwd=home))
+    assert "not of type int" in one_line(hms("train", "-p", "epochs=many", cwd=home))
+    one_line(hms("train", "-p", "x=1\nimport os", cwd=home))
+    assert sorted((home / "outputs").rglob("run.json")) == before
+
+
+def test_unusable_data_is_exit_2(home):
+    assert "nowhere" in one_line_after_log(hms("train", "-p", "cache=nowhere", "-p", "out=outputs/runs/nowhere", cwd=home))
+    assert read_run(home / "outputs/runs/nowhere")["status"] == "failed"
+
+
+def one_line_after_log(result):
+    assert result.returncode == 2, result.stderr
+    return result.stderr.strip().splitlines()[-1]
+
+
+def start_long_training(home, cache, out):
+    return subprocess.Popen([HMS, "train", "-p", f"cache={cache}", "-p", "epochs=500", "-p", "batch_size=8", "-p", f"out={out}"], cwd=home,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def wait_for(condition, seconds=120):
+    end = time.time() + seconds
+    while not condition():
+        assert time.time() < end, "waited too long"
+        time.sleep(0.2)
+
+
+def kernels_of(pid):
+    "Process numbers of the kernels below a process."
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try: parent, words = int(stat.read_text().rpartition(")")[2].split()[1]), (stat.parent / "cmdline").read_text()
+        except OSError: continue
+        if parent == pid and "ipykernel" in words: found.append(int(stat.parent.name))
+    return found
+
+
+def test_killed_kernel(home, cache):
+    out = home / "outputs/runs/killed-kernel"
+    process = start_long_training(home, cache, out)
+    try:
+        wait_for(lambda: (out / "history.csv").exists() and kernels_of(process.pid))
+        os.kill(kernels_of(process.pid)[0], signal.SIGKILL)
+        _, err = process.communicate(timeout=60)
+    finally: process.kill()
+    assert process.returncode == 1 and "kernel died" in err.strip().splitlines()[-1]
+    assert json.loads((out / "run.json").read_text())["status"] == "failed"
+
+
+@pytest.mark.fault
+def test_killed_command(home, cache):
+    out = home / "outputs/runs/killed-command"
+    process = start_long_training(home, cache, out)
+    wait_for(lambda: (out / "history.csv").exists())
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait(timeout=60)
+    assert read_run(out)["status"] == "failed"
