@@ -35,11 +35,22 @@ test: $(VENV)/.ready $(DEMO)/.ready  ## set up everything and run the tests that
 test-all: $(VENV)/.ready $(DEMO)/.ready  ## every test, the slow and the destructive ones too
 	$(VENV)/bin/python -m pytest -n 2 --dist worksteal
 
-all: $(VENV)/.ready  ## simulate, prepare, train, evaluate, export, predict
-	$(VENV)/bin/python -m hms_brain.pipeline outputs/all --patients 120 --epochs 12
+# $(call whole_way,name,patients,epochs)
+define whole_way
+	rm -rf data/prepared/$(1) outputs/runs/$(1) outputs/bundles/$(1)
+	$(HMS) simulate data/simulated/$(1) --patients $(2) --seed 0
+	$(HMS) prepare -p data=data/simulated/$(1) -p cache=data/prepared/$(1) -p out=outputs/runs/$(1)/prepare
+	$(HMS) train -p cache=data/prepared/$(1) -p epochs=$(3) -p out=outputs/runs/$(1)
+	$(HMS) evaluate outputs/runs/$(1)
+	$(HMS) export outputs/runs/$(1) -p bundle=outputs/bundles/$(1)
+	$(HMS) predict hms_brain/assets/sample.edf --bundle outputs/bundles/$(1) -o outputs/reports/$(1).html
+endef
 
-quick: $(VENV)/.ready  ## the same in under three minutes
-	$(VENV)/bin/python -m hms_brain.pipeline outputs/quick --patients 12 --epochs 2
+all: $(VENV)/.ready  ## simulate, prepare, train, evaluate, export, predict
+	$(call whole_way,all,120,12)
+
+quick: $(VENV)/.ready  ## the same with few patients, in under three minutes
+	$(call whole_way,quick,16,2)
 
 download: $(VENV)/.ready  ## the competition's files from Kaggle (26 GB; needs a token)
 	$(HMS) download
@@ -69,17 +80,28 @@ lint: $(VENV)/.ready  ## ruff and mypy
 	$(VENV)/bin/ruff check hms_brain tests
 	$(VENV)/bin/mypy
 
-format: $(VENV)/.ready  ## clean the notebooks, export the package, mend what ruff can mend in the tests
+format: $(VENV)/.ready  ## clean the notebooks, export the package, write the README
 	$(VENV)/bin/nbdev-clean
 	$(VENV)/bin/nbdev-export
 	$(VENV)/bin/ruff check --fix tests
+	$(VENV)/bin/python -c 'from hms_brain.docs import write_readme; write_readme()'
 
 clean:  ## remove what was built; data, runs and environments stay
-	rm -rf build dist *.egg-info _docs _proc .pytest_cache .mypy_cache .ruff_cache .hypothesis outputs/quick
+	rm -rf build dist *.egg-info _docs _proc .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
 
+# $(call freeze,extras and constraints,file): resolve in a fresh environment, keep exact versions; CUDA wheels exist for Linux only
+define freeze
+	rm -rf build/lock && $(PYTHON) -m venv build/lock
+	build/lock/bin/pip install --quiet --disable-pip-version-check "setuptools>=80" wheel $(1)
+	(sed -n '/^#/p' $(2); build/lock/bin/pip freeze --all --exclude-editable | grep -vE '^(pip|hms_brain)[ =@]' | \
+	  sed -E '/^(nvidia-|cuda-|triton)/s/$$/ ; sys_platform == "linux" and platform_machine == "x86_64"/') > build/lock/new
+	mv build/lock/new $(2)
+endef
+
 lock:  ## resolve the ranges of pyproject.toml anew into base.lock and all.lock
-	$(PYTHON) -m hms_brain.lock
+	$(call freeze,-e . "pyarrow>=26",base.lock)
+	$(call freeze,torch torchvision -e '.[all]',all.lock)
 
 wheel: $(VENV)/.ready  ## build the wheel
 	$(VENV)/bin/python -m build --wheel --no-isolation

@@ -49,7 +49,7 @@ def print_table(
     for line in [head, ["-" * w for w in widths], *texts]:
         print("  ".join(t.rjust(w) if r else t.ljust(w) for t, w, r in zip(line, widths, right)).rstrip())
 
-# %% ../nbs/90_cli.ipynb #4cda921e
+# %% ../nbs/90_cli.ipynb #ec939821
 def parse_channels(
     pairs: list[str] | None,  # ["EEG 1=Fp1", ...]
 ) -> dict[str, str] | None:  # label in the file -> electrode
@@ -64,10 +64,12 @@ def print_prediction(prediction, recording):
     print_table([{"class": CLASS_LABELS[c], "probability": p, "": "#" * round(40 * p)} for c, p in prediction.probabilities.items()])
     verdict = "abstained; these are the training prior" if prediction.abstained else CLASS_LABELS[prediction.predicted]
     print(f"\nanswer    {verdict}\nwindow    50 s around second {prediction.at:g} of {recording.file_duration:.1f} s\nbundle    {prediction.bundle['name']} ({prediction.bundle['sha256'][:12]})")
-    for flag in prediction.quality: print(f"quality   {flag['kind']}: {flag['detail']} {' '.join(flag['channels'])}".rstrip())
+    told = " ".join(prediction.warnings)
+    for flag in prediction.quality:
+        if flag["detail"] not in told: print(f"quality   {flag['kind']}: {flag['detail']}{' (' + ' '.join(flag['channels']) + ')' if flag['channels'] else ''}")
     for warning in prediction.warnings: print(f"note      {warning}")
 
-# %% ../nbs/90_cli.ipynb #7be6fc87
+# %% ../nbs/90_cli.ipynb #98194591
 @app.command()
 def predict(
     file: FileArg,
@@ -81,7 +83,7 @@ def predict(
 ):
     "Classify one 50-s window of a recording into six expert votes."
     from hms_brain.predict import Predictor, predict_file
-    prediction, recording = predict_file(file, Predictor(bundle), at=at, context=context, channel_map=parse_channels(channel), unit=unit)
+    prediction, recording = predict_file(file, Predictor(bundle), at, context, channel_map=parse_channels(channel), unit=unit)
     if out:
         from hms_brain.exports import write_prediction
         write_prediction(out, prediction, recording)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from .core import atomic_path, find_root
 
-# %% ../nbs/88_docs.ipynb #13fe14d5
+# %% ../nbs/88_docs.ipynb #924d00aa
 def render_cell(
     cell: dict,  # a notebook cell
 ) -> str:  # Markdown; empty for hidden cells
@@ -28,7 +28,7 @@ def render_cell(
     code = "\n".join(line for line in source.splitlines() if not line.startswith("#|"))
     return f"```python\n{code}\n```" + ("\n\n" + "\n".join("    " + line for line in shown.splitlines()) if shown else "")
 
-# %% ../nbs/88_docs.ipynb #a4755393
+# %% ../nbs/88_docs.ipynb #7a75ea94
 def render_readme(
     notebook: str | os.PathLike | None = None,  # default: nbs/index.ipynb
 ) -> str:  # Markdown

@@ -30,7 +30,7 @@ def look_for_extra(
     if absent: return {"what": extra, "verdict": "missing", "detail": f"no {', '.join(absent)}; pip install 'hms_brain[{extra}]'"}
     return {"what": extra, "verdict": "ok", "detail": " ".join(f"{p} {version(p)}" for p in EXTRAS[extra])}
 
-# %% ../nbs/86_doctor.ipynb #4d8741f7
+# %% ../nbs/86_doctor.ipynb #b081d956
 def look_for_token() -> dict:
     "Whether a Kaggle token is where the client looks. Its value is not read."
     home = Path.home()
@@ -52,7 +52,7 @@ def look_at_disk() -> dict:
     free = shutil.disk_usage(find_root()).free / 2**30
     return {"what": "disk", "verdict": "ok" if free > 60 else "missing", "detail": f"{free:.0f} GiB free; the competition's data and caches need about 60"}
 
-# %% ../nbs/86_doctor.ipynb #3ba59548
+# %% ../nbs/86_doctor.ipynb #cfb4e685
 def look_for_data() -> dict:
     "Which data sets stand in the folders of the settings."
     there = [name for name in ("raw", "simulated", "prepared") if setting_path(name).is_dir() and any(setting_path(name).iterdir())]

@@ -221,7 +221,7 @@ def run_pipeline(
         _execute(find_pipeline(command), folder, values, quiet)
     return folder
 
-# %% ../nbs/08_runs.ipynb #9ef39fce
+# %% ../nbs/08_runs.ipynb #4b3c4eac
 def _execute(notebook: Path, folder: Path, values: dict, quiet: bool):
     "Run one notebook through papermill; translate how it failed."
     import logging
@@ -230,6 +230,7 @@ def _execute(notebook: Path, folder: Path, values: dict, quiet: bool):
     if not quiet:
         logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
         logging.getLogger("papermill").setLevel(logging.INFO)
+        logging.getLogger("papermill").addFilter(lambda record: not record.getMessage().startswith(("Executing", "Ending", "Input Notebook", "Output Notebook")))
         logging.getLogger("papermill.translators").setLevel(logging.ERROR)
     copy = folder / notebook.name
     try:

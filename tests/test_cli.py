@@ -23,7 +23,7 @@ def recording(tmp_path_factory):
     from hms_brain.simulate import simulate_recording
 
     path = tmp_path_factory.mktemp("eeg") / "1.parquet"
-    signal = simulate_recording(seed=5, pattern="gpd", duration=50).recording.signal
+    signal = simulate_recording(seed=5, pattern="gpd", duration=50).signal
     pd.DataFrame(signal.T, columns=list(HMS_COLUMNS)).to_parquet(path)
     return path
 
