@@ -108,7 +108,7 @@ class Predictor:
                           abstained=x.abstain, reasons=tuple(x.reasons), bundle=self.bundle.identity(), warnings=warn(self.bundle, recording, x.reasons),
                           at=round(recording.start + x.at, 3), seconds=round(time.perf_counter() - begin, 4))
 
-# %% ../nbs/71_predict.ipynb #d2c5cc6d
+# %% ../nbs/71_predict.ipynb #4a0d0f1f
 def read_around(
     path: str | os.PathLike,  # a recording
     at: float | None = None,  # centre of the window, s from the beginning of the file; default: the middle
@@ -133,4 +133,5 @@ def predict_file(
     "Classify one window of a file. Raises `InputError`."
     recording, centre = read_around(path, at, **reading)
     predictor = predictor or Predictor()
-    return predictor(recording, centre, read_context(context) if context else None), recording
+    try: return predictor(recording, centre, read_context(context) if context else None), recording
+    except InputError as e: raise e if e.where else InputError(e.what, Path(path), e.mend) from None

@@ -8,17 +8,17 @@ Docs: https://hms-brain.github.io/hms_brain/preprocess.html.md"""
 __all__ = ['N_WINDOW', 'MARGIN_S', 'MIN_S', 'VERSION', 'ModelInput', 'long_gaps', 'placed', 'window_start', 'window_centres',
            'given_context', 'own_context', 'carried', 'noticed', 'Settings', 'make_window', 'Preprocess']
 
-# %% ../nbs/15_preprocess.ipynb #991879a0
+# %% ../nbs/15_preprocess.ipynb #a0123dd7
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
 
-from .core import CENTRE_S, CHANNELS, CONTEXT_S, FS, WINDOW_S, InputError, did_you_mean
+from .core import CENTRE_S, CHANNELS, CONTEXT_S, FS, REGIONS, WINDOW_S, InputError, did_you_mean
 from .quality import GAP_S, MAX_DEAD, Flag, check_window
 from .records import Recording, resample
 from .signal import bandpass, clip, fill_gaps, find_runs, notch
-from .spectrogram import FREQS, REGIONS, SPEC_STEP, regional_image, regional_spectrogram
+from .spectrogram import FREQS, SPEC_STEP, regional_image, regional_spectrogram
 
 # %% ../nbs/15_preprocess.ipynb #402c0732
 N_WINDOW = int(WINDOW_S * FS)  # samples of a window

@@ -10,15 +10,16 @@ __all__ = ['N_FFT', 'BINS', 'FREQS', 'SPEC_WINDOW', 'SPEC_STEP', 'BAND', 'DB_LIM
            'regional_spectrogram', 'to_table', 'regional_table', 'fine_spectrogram', 'overlap', 'row_weights',
            'to_pixels', 'regional_image']
 
-# %% ../nbs/12_spectrogram.ipynb #9a9d7e2a
+# %% ../nbs/12_spectrogram.ipynb #fc7118c5
 from functools import lru_cache
 
 import numpy as np
 
-from .core import CENTRE_S, CHANNELS, CONTEXT_S, FS, WINDOW_S, InputError
-from .signal import CHAINS, REGIONS, bandpass, chain_pairs, fill_gaps
+from .core import CENTRE_S, CHANNELS, CONTEXT_S, FS, REGIONS, WINDOW_S, InputError
+from .formats.tables import spectrogram_names
+from .signal import CHAINS, bandpass, chain_pairs, fill_gaps
 
-# %% ../nbs/12_spectrogram.ipynb #607c1519
+# %% ../nbs/12_spectrogram.ipynb #26ee963f
 N_FFT = 1024                              # points of the host's transform
 BINS = (3, 103)                           # the bins that the host keeps
 FREQS = np.arange(*BINS) * FS / N_FFT     # (100,) Hz
@@ -28,7 +29,7 @@ DB_LIMITS = (-10.0, 25.0)                 # the limits of the labellers' screen,
 
 def spectrogram_columns() -> list[str]:
     "The 401 column names of an HMS spectrogram, in its order: time, then LL, RL, LP, RP."
-    return ["time"] + [f"{r}_{f}" for r in REGIONS for f in (np.floor(FREQS * 100 + 0.5) / 100).tolist()]
+    return ["time", *spectrogram_names()]
 
 # %% ../nbs/12_spectrogram.ipynb #aa3cafd1
 PAIRS = tuple(p for chain in CHAINS.values() for p in chain_pairs(chain))

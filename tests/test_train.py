@@ -1,0 +1,269 @@
+"The training loop: learns, repeats itself, survives interruption, holds patients apart, tells the truth about failures."
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from scipy.special import rel_entr
+
+from hms_brain.augment import augment_window, mirror_window, shift_window
+from hms_brain.batches import SineCache, Windows, split_rows
+from hms_brain.core import CLASSES, VOTE_COLUMNS, InputError, read_json, rng_for, sha256_file
+from hms_brain.models.core import create_model
+from hms_brain.steps import learning_rate_at, vote_loss
+from hms_brain.train import Recipe, Run, Training, newest_checkpoint, predict_rows, train
+
+SMALL = {"stem": 4, "width": 16, "hidden": 8, "dropout": 0.1}
+
+
+def fit(folder, cache=None, say=None, resume=False, **recipe):
+    recipe = Recipe(**{"epochs": 2, "batch_size": 12, "learning_rate": 3e-3} | recipe)
+    return train(cache or SineCache(), recipe, folder=folder, model_settings=SMALL, threads=1, say=say, resume=resume)
+
+
+def weights(run):
+    return sha256_file(run.folder / "model.safetensors")
+
+
+class Stop(BaseException):
+    pass
+
+
+def stop_after(epochs):
+    def say(line):
+        if int(line.split()[1].split("/")[0]) == epochs:
+            raise Stop
+    return say
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return fit(tmp_path_factory.mktemp("runs") / "whole", epochs=3)
+
+
+def test_learns_what_can_be_learned(tmp_path):
+    run = fit(tmp_path / "r", epochs=12, batch_size=6, learning_rate=1e-2, ema=0.8, patience=0)
+    assert run.metrics["val_kl"] < run.metrics["prior_kl"] - 0.3
+    assert run.history.train_loss.iloc[-1] < run.history.train_loss.iloc[0]
+
+
+def test_what_a_run_leaves(run):
+    again = Run.load(run.folder)
+    assert again.status == "ok" and again.recipe == run.recipe and again.info["data"]["simulated"] is True
+    assert list(run.history) == ["epoch", "learning_rate", "train_loss", "val_kl", "prior_kl", "seconds"] and len(run.history) == 3
+    table = run.validation
+    p = table[[f"p_{c}" for c in CLASSES]].to_numpy()
+    np.testing.assert_allclose(p.sum(1), 1, atol=1e-9)
+    assert set(table.patient_id) == {0} and set(VOTE_COLUMNS) <= set(table)
+    y = table[list(VOTE_COLUMNS)].to_numpy() / 3
+    assert run.metrics["val_kl"] == pytest.approx(rel_entr(y, p).sum(1).mean())
+    assert run.metrics["val_kl"] == pytest.approx(run.history.val_kl.min())
+    np.testing.assert_allclose(predict_rows(run.model(), SineCache(), table.eeg_id[:12].to_numpy()), p[:12], atol=1e-5)
+    np.testing.assert_allclose(run.prior, 1 / 6)
+    names = {f.name for f in run.folder.rglob("*") if f.is_file()}
+    assert names == {"run.json", "history.csv", "metrics.json", "validation.parquet", "model.safetensors", "list.json", "epoch-0002.safetensors", "epoch-0003.safetensors"}
+
+
+def test_same_command_same_weights(run, tmp_path):
+    torch.manual_seed(99)
+    np.random.seed(99)  # noqa: NPY002
+    assert weights(fit(tmp_path / "again", epochs=3)) == weights(run)
+    assert weights(fit(tmp_path / "other", epochs=3, seed=1)) != weights(run)
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_resumed_weights_are_those_of_the_uninterrupted_run(run, tmp_path, epochs):
+    with pytest.raises(Stop):
+        fit(tmp_path / "cut", epochs=3, say=stop_after(epochs))
+    assert Run.load(tmp_path / "cut").status == "failed"
+    with pytest.raises(InputError, match="finish the training"):
+        Run.load(tmp_path / "cut").metrics  # noqa: B018
+    resumed = fit(tmp_path / "cut", epochs=3, resume=True)
+    assert resumed.status == "ok" and weights(resumed) == weights(run)
+    assert resumed.history.drop(columns="seconds").equals(run.history.drop(columns="seconds"))
+
+
+@pytest.mark.fault
+def test_killed_again_and_again(run, tmp_path):
+    "SIGKILL at random moments; each start resumes. The weights are those of the run that nobody killed."
+    script = f"""
+from test_train import fit
+fit({str(tmp_path / "r")!r}, epochs=3, resume=True)"""
+    rng, kills = rng_for(0, "kills"), 0
+    while True:
+        process = subprocess.Popen([sys.executable, "-c", script], cwd=Path(__file__).parent, stdout=subprocess.DEVNULL)
+        try:
+            assert process.wait(timeout=rng.uniform(4, 9) if kills < 8 else 120) == 0
+            break
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            kills += 1
+    assert kills and weights(Run.load(tmp_path / "r")) == weights(run)
+
+
+def test_a_rotten_checkpoint_is_passed_over(run, tmp_path):
+    with pytest.raises(Stop):
+        fit(tmp_path / "cut", epochs=3, say=stop_after(2))
+    newest = newest_checkpoint(tmp_path / "cut")
+    data = bytearray(newest.read_bytes())
+    data[len(data) // 2] ^= 1
+    newest.write_bytes(data)
+    assert newest_checkpoint(tmp_path / "cut").name == "epoch-0001.safetensors"
+    assert weights(fit(tmp_path / "cut", epochs=3, resume=True)) == weights(run)
+
+
+def test_resume_refuses_another_training(run):
+    with pytest.raises(InputError, match="recipe differs"):
+        fit(run.folder, epochs=4, resume=True)
+    with pytest.raises(InputError, match="rows_sha256 differs"):
+        fit(run.folder, SineCache(96), epochs=3, resume=True)
+    with pytest.raises(InputError, match="holds a training already"):
+        fit(run.folder, epochs=3)
+    assert Run.load(run.folder).status == "ok"
+
+
+def test_changed_weights_are_noticed(run, tmp_path):
+    import shutil
+    shutil.copytree(run.folder, tmp_path / "copy")
+    path = tmp_path / "copy" / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(InputError, match="was changed"):
+        Run.load(tmp_path / "copy").model()
+
+
+class Poisoned(SineCache):
+    "The held-out patient's signals and votes are not what they were."
+    def __init__(self, n=48):
+        super().__init__(n)
+        held = (self.index.fold == 0).to_numpy()
+        self.index.loc[held, list(VOTE_COLUMNS)] = [0, 0, 0, 0, 0, 7]
+
+    def batch(self, rows):
+        eeg, image, votes = super().batch(rows)
+        eeg[(self.index.fold == 0).to_numpy()[np.asarray(rows)]] *= 100
+        return eeg, image, votes
+
+
+def test_held_out_patients_do_not_reach_the_weights(tmp_path):
+    clean, poisoned = fit(tmp_path / "a", epochs=1), fit(tmp_path / "b", Poisoned(), epochs=1)
+    assert weights(clean) == weights(poisoned) and clean.metrics["val_kl"] != poisoned.metrics["val_kl"]
+    np.testing.assert_array_equal(clean.prior, poisoned.prior)
+
+
+def test_a_patient_on_both_sides_is_refused(tmp_path):
+    cache = SineCache()
+    cache.index["patient_id"] = 0
+    with pytest.raises(InputError, match="both sides"):
+        fit(tmp_path / "r", cache)
+    assert not (tmp_path / "r").exists()
+
+
+def test_abstained_windows_are_not_trained_on_and_get_the_prior(tmp_path):
+    cache = SineCache()
+    cache.index.loc[[0, 7, 8], "abstain"] = True  # row 0 is held out
+    split = split_rows(cache)
+    assert not {7, 8} & set(split.train) and 0 in split.valid
+    run = fit(tmp_path / "r", cache, epochs=1)
+    np.testing.assert_allclose(run.validation.iloc[0][[f"p_{c}" for c in CLASSES]].to_numpy(float), run.prior)
+    assert run.metrics["abstained"] == 1
+
+
+def test_a_failing_run_says_so(tmp_path):
+    class Broken(SineCache):
+        def batch(self, rows): raise OSError("the disk is gone")
+    with pytest.raises(OSError):
+        fit(tmp_path / "r", Broken())
+    record = read_json(tmp_path / "r" / "run.json")
+    assert record["status"] == "failed" and "the disk is gone" in record["error"]
+
+
+def test_nan_stops_the_training(tmp_path):
+    class Bad(SineCache):
+        def batch(self, rows):
+            eeg, image, votes = super().batch(rows)
+            return eeg * np.nan, image, votes
+    with pytest.raises(RuntimeError, match="loss is nan"):
+        fit(tmp_path / "r", Bad())
+
+
+def test_patience_stops(tmp_path):
+    run = fit(tmp_path / "r", epochs=6, learning_rate=1e-9, patience=2, ema=0.0, mirror=0, reverse=0, drop=0, gain=0, shift=0)
+    assert len(run.history) < 6 and run.metrics["best_epoch"] == len(run.history) - 2
+
+
+def test_order_is_a_function_of_seed_and_epoch():
+    cache = SineCache()
+    split = split_rows(cache)
+    orders = {(s, e): tuple(Windows(cache, split, seed=s, epoch=e).order) for s in (0, 1) for e in (0, 1, 2)}
+    assert len(set(orders.values())) == 6 and all(sorted(o) == list(split.train) for o in orders.values())
+    assert orders[1, 2] == tuple(Windows(cache, split, seed=1, epoch=2).order)
+
+
+def test_weights_and_targets():
+    cache = SineCache()
+    cache.index.loc[12:, list(VOTE_COLUMNS)] *= 10
+    windows = Windows(cache, split_rows(cache), smoothing=0.5, vote_cap=10)
+    batch = windows.__getitems__(list(range(len(windows))))
+    assert float(batch["weight"].mean()) == pytest.approx(1)
+    assert float(batch["weight"].max() / batch["weight"].min()) == pytest.approx(10 / 3) if (cache.index.loc[windows.order].seizure_vote.eq(3)).any() else True
+    np.testing.assert_allclose(batch["target"].sum(1), 1, atol=1e-6)
+    assert float(batch["target"].min()) > 0
+
+
+@given(st.integers(0, 2**31), st.integers(1, 5))
+@settings(max_examples=25, deadline=None)
+def test_loss_is_the_competitions_kl(seed, n):
+    rng = np.random.default_rng(seed)
+    votes, logits, weight = rng.integers(0, 5, (n, 6)) + np.eye(6, dtype=int)[rng.integers(6, size=n)], rng.normal(0, 3, (n, 6)), rng.random(n)
+    y = votes / votes.sum(1, keepdims=True)
+    p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    ours = float(vote_loss(*(torch.tensor(x) for x in (logits, y, weight))))
+    assert ours == pytest.approx((weight * rel_entr(y, p).sum(1)).mean(), rel=1e-4, abs=1e-6)
+
+
+def test_learning_rate_rises_and_falls():
+    rates = [learning_rate_at(s, 100, 1e-3, 0.1) for s in range(100)]
+    assert max(rates) == pytest.approx(1e-3) and np.argmax(rates) == 9 and 0 <= rates[-1] < 1e-5
+    assert all(np.diff(rates[:10]) > 0) and all(np.diff(rates[10:]) < 0)
+    assert learning_rate_at(0, 1, 1e-3, 0.1) == 1e-3
+
+
+@given(st.integers(0, 2**31))
+@settings(max_examples=20, deadline=None)
+def test_augmentation_keeps_shapes_and_inputs(seed):
+    rng = np.random.default_rng(seed)
+    eeg, image = rng.normal(size=(19, 10000)).astype(np.float32), rng.random((3, 224, 224), dtype=np.float32)
+    before = eeg.copy(), image.copy()
+    new, picture = augment_window(eeg, image, rng_for(seed), shift=60.0 if seed % 3 == 0 else 1.0)
+    assert new.shape == eeg.shape and picture.shape == image.shape and new.dtype == picture.dtype == np.float32
+    assert np.isfinite(new).all() and np.array_equal(eeg, before[0]) and np.array_equal(image, before[1])
+    assert sorted(np.unique(picture)[:5]) == sorted(np.unique(image)[:5])
+
+
+def test_mirroring_the_image_swaps_the_regions():
+    image = np.repeat(np.arange(4), 56)[None, :, None] * np.ones((3, 1, 224))
+    swapped = mirror_window(np.zeros((19, 4)), image)[1]
+    assert [int(swapped[0, r * 56, 0]) for r in range(4)] == [1, 0, 3, 2]  # LL RL LP RP
+    assert not shift_window(np.ones((19, 10)), 10).any() and not shift_window(np.ones((19, 10)), -12).any()
+
+
+@pytest.mark.parametrize("wrong", [{"epochs": 0}, {"batch_size": -1}, {"learning_rate": 0.0}, {"precision": "fp8"}])
+def test_recipes_are_checked(wrong):
+    with pytest.raises(InputError, match=next(iter(wrong))):
+        Recipe(**wrong)
+
+
+def test_other_runs_are_not_trainings(tmp_path):
+    (tmp_path / "run.json").write_text(json.dumps({"status": "ok"}))
+    with pytest.raises(InputError, match="not the run of a training"):
+        Run.load(tmp_path)
+    with pytest.raises(InputError, match=r"run\.json"):
+        Run.load(tmp_path / "nowhere")
