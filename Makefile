@@ -7,7 +7,7 @@ RUN    ?= $(shell ls -td outputs/runs/*-train 2>/dev/null | head -1)
 
 export OMP_NUM_THREADS ?= 1
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all all quick download prepare train evaluate export predict lab shell status lint format clean lock wheel
+.PHONY: help demo test test-all all quick default-bundle download prepare train evaluate export predict lab shell status lint format clean lock wheel
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -45,6 +45,14 @@ define whole_way
 	$(HMS) export outputs/runs/$(1) -p bundle=outputs/bundles/$(1)
 	$(HMS) predict hms_brain/assets/sample.edf --bundle outputs/bundles/$(1) -o outputs/reports/$(1).html
 endef
+
+default-bundle: $(VENV)/.ready  ## make the packaged bundle and sample anew: simulated patients, prepare, train, export
+	rm -rf data/prepared/default outputs/runs/default
+	$(HMS) simulate data/simulated/default --patients 300 --seed 0
+	$(HMS) prepare -p data=data/simulated/default -p cache=data/prepared/default -p out=outputs/runs/default-prepare
+	$(HMS) train -p cache=data/prepared/default -p epochs=12 -p out=outputs/runs/default
+	$(HMS) export outputs/runs/default -p bundle=hms_brain/assets/bundle
+	$(VENV)/bin/python -c 'from hms_brain.exports import write_sample; write_sample("hms_brain/assets/sample.edf")'
 
 all: $(VENV)/.ready  ## simulate, prepare, train, evaluate, export, predict
 	$(call whole_way,all,120,12)

@@ -154,8 +154,8 @@ class Bundle:
         if not np.isfinite(p).all(): raise RuntimeError(f"bundle {self.name} answered with NaN")
         return p
 
-# %% ../nbs/70_bundle.ipynb #60fbec35
-BATCH = 64
+# %% ../nbs/70_bundle.ipynb #fcd70f52
+BATCH = 4  # windows per call of the runtime: larger ones leave the processor's cache and take twice the time
 SHAPES = {"eeg": (19, 10000), "image": (3, 224, 224)}
 
 def check_inputs(

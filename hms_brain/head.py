@@ -128,7 +128,7 @@ class Traits:
     suppression: float  # share of time suppressed; 0 in most
     common: float  # RMS of what all electrodes share, uV
 
-# %% ../nbs/02_head.ipynb #cdd3a5eb
+# %% ../nbs/02_head.ipynb #2559e65a
 def draw_traits(
     rng: np.random.Generator,
 ) -> Traits:
@@ -139,7 +139,7 @@ def draw_traits(
                       rng.uniform(-1, 1), rng.uniform(-1, 1), rng.uniform(.3, 1)))
     alpha, size = rng.uniform(8, 11.5), rng.uniform(.3, 1)
     if rng.random() < .3: bumps += [(alpha, .08, size, side, -.8, .35) for side in (-.6, .6)]
-    return Traits(float(np.exp(rng.normal(np.log(9.5), .38))), float(rng.normal(-2.3, .6)), rng.uniform(.4, 1.8), tuple(bumps),
+    return Traits(float(np.exp(rng.normal(np.log(9.5), .28))), float(rng.normal(-2.4, .6)), rng.uniform(.4, 1.8), tuple(bumps),
                   rng.uniform(.3, .8) if rng.random() < .08 else 0., float(np.exp(rng.normal(np.log(12), .8))))
 
 # %% ../nbs/02_head.ipynb #54f9f821

@@ -7,7 +7,7 @@ Docs: https://hms-brain.github.io/hms_brain/runs.html.md"""
 # %% auto #0
 __all__ = ['new_run_dir', 'now', 'versions', 'update_run', 'record_run', 'process_alive', 'read_run', 'newest_run',
            'list_pipelines', 'find_pipeline', 'Parameter', 'pipeline_parameters', 'parse_parameters', 'run_folder',
-           'RunFailed', 'run_pipeline']
+           'shown', 'RunFailed', 'run_pipeline']
 
 # %% ../nbs/08_runs.ipynb #a6815813
 import ast
@@ -187,7 +187,13 @@ def run_folder(
     if values.get("run"): return Path(values["run"]).resolve() / command
     return new_run_dir(command).resolve()
 
-# %% ../nbs/08_runs.ipynb #dcd1cb0c
+# %% ../nbs/08_runs.ipynb #4d68335a
+def shown(command: str, values: dict) -> str:
+    "A pipeline's call as it would be typed, without the folder of its outputs: paths are nobody's business."
+    import shlex
+    kept = {k: Path(v).name if os.sep in str(v) else v for k, v in values.items() if k not in ("out", "run")}
+    return " ".join(["hms", command, *(f"-p {k}={shlex.quote(str(v))}" for k, v in kept.items())])
+
 class RunFailed(RuntimeError):
     "A pipeline that failed by itself, in one line that names the executed notebook."
 
@@ -217,7 +223,7 @@ def run_pipeline(
         read_run(values["run"])
     folder = run_folder(command, values)
     values["out"] = str(folder)
-    with record_run(folder, pipeline=command, parameters=values), _environment(HMS_RUN=str(folder), PYTHONUNBUFFERED="1"):
+    with record_run(folder, pipeline=command, command=shown(command, values), parameters=values), _environment(HMS_RUN=str(folder), PYTHONUNBUFFERED="1"):
         _execute(find_pipeline(command), folder, values, quiet)
     return folder
 

@@ -63,7 +63,7 @@ def draw_attributes(
         if move == 2: a = replace(a, reflection=rng.uniform(.4, .75), reflection_end=rng.uniform(.4, .75))
     return a
 
-# %% ../nbs/02_simulate.ipynb #15646c0a
+# %% ../nbs/02_simulate.ipynb #6df681a0
 def draw_periodic_or_rhythmic(rng: np.random.Generator, pattern: str) -> Attributes:
     "LPD, GPD, LRDA, GRDA in their clear form."
     sharp, general = "pd" in pattern, pattern[0] == "g"
@@ -73,18 +73,18 @@ def draw_periodic_or_rhythmic(rng: np.random.Generator, pattern: str) -> Attribu
     both = rng.uniform(.8, 1) if general else rng.uniform(.02, .3)
     return Attributes(pattern, rate, rate * np.exp(rng.normal(0, .06)), rng.uniform(.06, .25) if sharp else rng.uniform(.05, .16),
         rng.uniform(.85, 1) if sharp else rng.uniform(0, .2), int(rng.choice([2, 3])) if sharp else 2,
-        rng.uniform(.3, .5) if general and sharp else rng.uniform(.18, .4), rng.normal(8.5 if general else 6.5, 2.2),
+        rng.uniform(.3, .5) if general and sharp else rng.uniform(.18, .4), rng.normal({"gpd": 9.3, "grda": 7.3}.get(pattern, 6.5), 2.2),
         (rng.uniform(.3, .7) if general else rng.uniform(.7, 1)) * rng.choice([-1, 1]), front, rng.uniform(.4, .8) if general else rng.uniform(.25, .55), both, both,
         rng.choice([-1, 1], p=[.2, .8]) * rng.uniform(.025, .14) if pattern == "gpd" else rng.uniform(-.03, .03), rng.normal(0, .15), rng.uniform(.85, 1))
 
-# %% ../nbs/02_simulate.ipynb #4434f130
+# %% ../nbs/02_simulate.ipynb #5d781e7d
 def draw_seizure(rng: np.random.Generator, pattern: str = "seizure") -> Attributes:
     "A steady fast or an evolving seizure, on one side or both."
     general, chirp = rng.random() < .4, rng.random() < .5
     start = rng.uniform(5, 12) if chirp else 2.5 + rng.gamma(1.6, .5)
     end = rng.uniform(2, 3.5) if chirp else start * np.exp(rng.normal(-.1, .15))
     both = rng.uniform(.75, 1) if general else rng.uniform(.05, .4)
-    return Attributes(pattern, start, end, rng.uniform(.04, .15), rng.uniform(0, .9), int(rng.choice([1, 2, 3])), rng.uniform(.15, .35), rng.normal(11, 3.5),
+    return Attributes(pattern, start, end, rng.uniform(.04, .15), rng.uniform(0, .9), int(rng.choice([1, 2, 3])), rng.uniform(.15, .35), rng.normal(9.3, 3.5),
         (rng.uniform(.2, .6) if general else rng.uniform(.6, 1)) * rng.choice([-1, 1]), rng.uniform(-.7, .9), rng.uniform(.4, .7) if general else rng.uniform(.2, .5),
         both, min(1, both + (rng.uniform(0, .6) if chirp else 0)), rng.uniform(-.02, .02), rng.uniform(.2, 1.3) if chirp else rng.normal(.1, .2), 1.0)
 

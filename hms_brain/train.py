@@ -273,7 +273,7 @@ def start(
         return
     if checkpoint := newest_checkpoint(folder): restore(training, checkpoint)
 
-# %% ../nbs/41_train.ipynb #98e6acb2
+# %% ../nbs/41_train.ipynb #46ed4cd4
 def train(
     cache,  # WindowCache: `batch(rows)`, `index` with patient_id and fold, `manifest`
     recipe: Recipe = Recipe(),  # what to compute
@@ -282,7 +282,7 @@ def train(
     resume: bool = False,  # continue an interrupted training in `folder`
     model_settings: dict | None = None,  # the model's own keywords
     threads: int | None = None,  # of torch; default: [system] threads
-    command: str = "",  # what was typed, for the record
+    command: str = "",  # what was typed, for the record; a pipeline's command records itself
     say: Callable[[str], None] | None = print,  # told one line per epoch; None: silent
 ) -> Run:
     "Follow a recipe on a cache. Raises `InputError` for unusable data or folders."

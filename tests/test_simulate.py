@@ -213,7 +213,7 @@ def sets(tmp_path_factory):
     made = []
     for workers in (1, 2):
         folder = tmp_path_factory.mktemp("sim") / "set"
-        simulate_dataset(folder, patients=10, seed=1, workers=workers, recordings=1.5, n_test=1, progress=False)
+        simulate_dataset(folder, patients=14, seed=1, workers=workers, recordings=1.5, n_test=1, progress=False)
         made.append(folder)
     return made
 
@@ -289,15 +289,15 @@ def test_resumes_and_refuses(sets, tmp_path, monkeypatch):
 
     monkeypatch.setattr(simset, "simulate_plan", dies)
     with pytest.raises(RuntimeError):
-        simulate_dataset(folder, patients=10, seed=1, workers=1, recordings=1.5, n_test=1, progress=False)
+        simulate_dataset(folder, patients=14, seed=1, workers=1, recordings=1.5, n_test=1, progress=False)
     assert not (folder / "train.csv").exists()
     monkeypatch.setattr(simset, "simulate_plan", lambda *a: calls.append(a[1]) or real(*a))
     calls.clear()
-    simulate_dataset(folder, patients=10, seed=1, workers=1, recordings=1.5, n_test=1, progress=False)
+    simulate_dataset(folder, patients=14, seed=1, workers=1, recordings=1.5, n_test=1, progress=False)
     assert min(calls) == 4
     assert files(folder) == files(sets[0]) and all(filecmp.cmp(folder / f, sets[0] / f, shallow=False) for f in files(folder))
     with pytest.raises(InputError, match="another"):
-        simulate_dataset(folder, patients=11, seed=1, workers=1, progress=False)
+        simulate_dataset(folder, patients=15, seed=1, workers=1, progress=False)
     (tmp_path / "theirs").mkdir()
     (tmp_path / "theirs" / "train.csv").write_text("real data")
     with pytest.raises(InputError, match="not empty"):

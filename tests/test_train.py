@@ -98,7 +98,7 @@ fit({str(tmp_path / "r")!r}, epochs=3, resume=True)"""
     while True:
         process = subprocess.Popen([sys.executable, "-c", script], cwd=Path(__file__).parent, stdout=subprocess.DEVNULL)
         try:
-            assert process.wait(timeout=rng.uniform(4, 9) if kills < 8 else 120) == 0
+            assert process.wait(timeout=rng.uniform(1.5, 4) if kills < 8 else 120) == 0
             break
         except subprocess.TimeoutExpired:
             process.kill()
