@@ -7,7 +7,7 @@ Docs: https://hms-brain.github.io/hms_brain/bench.html.md"""
 # %% auto #0
 __all__ = ['seconds', 'row', 'mne_regions', 'command_rows', 'part_rows', 'measure']
 
-# %% ../nbs/87_bench.ipynb #e42d001f
+# %% ../nbs/87_bench.ipynb #44de78a9
 import os
 import platform
 import subprocess
@@ -22,7 +22,7 @@ import numpy as np
 
 from .core import CONTEXT_S, FS, HMS_COLUMNS
 from .predict import Predictor
-from .records import read_recording
+from .records import Recording, read_recording
 from .simulate import simulate_recording
 from .spectrogram import regional_spectrogram
 
@@ -68,7 +68,7 @@ def mne_regions(
     psd, _ = psd_array_multitaper(np.ascontiguousarray(windows), FS, fmin=0.5, fmax=20, bandwidth=1.0, verbose="error")
     return psd.mean(axis=1)
 
-# %% ../nbs/87_bench.ipynb #72e00351
+# %% ../nbs/87_bench.ipynb #338f34e9
 def command_rows(
     file: Path,  # a 50-s recording
 ) -> list[dict]:
@@ -79,7 +79,7 @@ def command_rows(
 
 def part_rows(
     file: Path,  # a 50-s recording
-    minutes: "object",  # a 10-min Recording
+    minutes: Recording,  # ten minutes
 ) -> list[dict]:
     "The parts: reading, spectrogram, network."
     import pandas as pd

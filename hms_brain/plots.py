@@ -48,13 +48,14 @@ def page_traces(
     keep = slice(max(first - a, 0), min(last, recording.n_times) - a)
     return (np.arange(eeg.shape[1])[keep] + a) / FS + recording.start, eeg[:, keep], labels
 
-# %% ../nbs/52_plots.ipynb #982db169
+# %% ../nbs/52_plots.ipynb #32725ec9
 def row_offsets(
     labels: list[str],  # names of the rows, from the top
     spacing: float,  # uV between neighbouring rows
 ) -> np.ndarray:  # (n_rows,) baseline of each row, uV
     "Baselines from the top down, with an extra gap wherever a chain ends and the next begins."
-    y, offsets = 0.0, []
+    y = 0.0
+    offsets: list[float] = []
     for previous, label in zip([labels[0], *labels], labels):
         connected = "-" in label and "-" in previous and previous.split("-")[1] == label.split("-")[0]
         y -= spacing * (1.0 if connected or not offsets else 1.6)

@@ -7,9 +7,10 @@ Docs: https://hms-brain.github.io/hms_brain/predict.html.md"""
 # %% auto #0
 __all__ = ['Prediction', 'as_votes', 'warn', 'Predictor', 'read_around', 'predict_file']
 
-# %% ../nbs/71_predict.ipynb #1582cf1a
+# %% ../nbs/71_predict.ipynb #5e800076
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -64,7 +65,7 @@ def warn(
     repairs = tuple(f"{issue.kind}: {issue.detail}" for issue in recording.issues)
     return (*origin, NOTICE, *repairs, *(f"The model was not asked: {reason}." for reason in reasons))
 
-# %% ../nbs/71_predict.ipynb #b6572ef6
+# %% ../nbs/71_predict.ipynb #e6e5eecb
 class Predictor:
     "A bundle ready to answer: `predictor(recording)` gives a `Prediction`."
     def __init__(self,
@@ -74,6 +75,12 @@ class Predictor:
         self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.load(bundle or default_bundle())
         self.threads = threads or get_settings().system.threads
         self.preprocess = self.bundle.preprocess
+
+    def warm(self) -> "Predictor":
+        "Load what the first answer would wait for: the runtime and the filters."
+        import scipy.signal  # noqa: F401
+        self.bundle.session(self.threads)
+        return self
 
     def inputs(self,
         recording: Recording,  # any length from 10 s
@@ -108,7 +115,7 @@ class Predictor:
                           abstained=x.abstain, reasons=tuple(x.reasons), bundle=self.bundle.identity(), warnings=warn(self.bundle, recording, x.reasons),
                           at=round(recording.start + x.at, 3), seconds=round(time.perf_counter() - begin, 4))
 
-# %% ../nbs/71_predict.ipynb #4a0d0f1f
+# %% ../nbs/71_predict.ipynb #598fd15e
 def read_around(
     path: str | os.PathLike,  # a recording
     at: float | None = None,  # centre of the window, s from the beginning of the file; default: the middle
@@ -131,7 +138,9 @@ def predict_file(
     **reading,  # channel_map, unit: see `read_recording`
 ) -> tuple[Prediction, Recording]:  # the answer and what was read
     "Classify one window of a file. Raises `InputError`."
-    recording, centre = read_around(path, at, **reading)
-    predictor = predictor or Predictor()
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(read_around, path, at, **reading)
+        predictor = (predictor or Predictor()).warm()
+        recording, centre = coming.result()
     try: return predictor(recording, centre, read_context(context) if context else None), recording
     except InputError as e: raise e if e.where else InputError(e.what, Path(path), e.mend) from None
