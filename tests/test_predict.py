@@ -111,3 +111,22 @@ def test_mapping_by_hand(predictor, recording, tmp_path):
     with pytest.raises(InputError): predict_file(tmp_path / "odd.csv", predictor)
     answer, read = predict_file(tmp_path / "odd.csv", predictor, channel_map=dict(zip(names, CHANNELS)))
     assert read.channel_map["ch0"] == "Fp1" and any(f["kind"] == "short" for f in answer.quality)
+
+
+def test_the_rate_does_not_change_the_class(predictor):
+    "The same EEG sampled at another rate gets the same class in at least 98 % of windows."
+    from fractions import Fraction
+
+    from scipy.signal import resample_poly
+
+    from hms_brain.records import from_arrays
+
+    same = []
+    for i in range(12):
+        at_200 = np.nan_to_num(simulate_recording(seed=i, pattern=CLASSES[i % 6], duration=50).signal)
+        want = predictor(from_arrays(at_200, 200, list(HMS_COLUMNS)))
+        for fs in (199.7, 256, 500, 512, 1000):
+            ratio = Fraction(fs / 200).limit_denominator(2000)
+            other = from_arrays(resample_poly(at_200, ratio.numerator, ratio.denominator, axis=1), fs, list(HMS_COLUMNS))
+            same.append(predictor(other).predicted == want.predicted)
+    assert np.mean(same) >= 0.98
