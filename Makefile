@@ -58,7 +58,7 @@ all: $(VENV)/.ready  ## simulate, prepare, train, evaluate, export, predict
 	$(call whole_way,all,120,12)
 
 quick: $(VENV)/.ready  ## the same with few patients, in under three minutes
-	$(call whole_way,quick,16,2)
+	$(call whole_way,quick,12,2)
 
 download: $(VENV)/.ready  ## the competition's files from Kaggle (26 GB; needs a token)
 	$(HMS) download

@@ -318,14 +318,14 @@ class WindowCache:
         part.__dict__ |= self.__dict__ | {"index": self.index.iloc[np.arange(len(self))[np.asarray(mask)]].reset_index(drop=True)}
         return part
 
-# %% ../nbs/20_dataset.ipynb #c834ac05
+# %% ../nbs/20_dataset.ipynb #a9564220
 def default_data() -> Path:  # folder in the HMS layout
     "The downloaded data if there are any, else a small simulated set, made if absent."
     raw, small = setting_path("raw"), setting_path("simulated") / "small"
     if find_table(raw, "train.csv").is_file() and (raw / "train_eegs").is_dir(): return raw
     if not (small / "train.csv").is_file():
         from hms_brain.simset import simulate_dataset
-        simulate_dataset(small, patients=20, seed=0, workers=get_settings().system.workers)
+        simulate_dataset(small, patients=10, seed=0, workers=get_settings().system.workers)
     return small
 
 def default_cache() -> Path:  # folder of a finished cache
