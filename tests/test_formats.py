@@ -508,10 +508,12 @@ def test_light_imports():
 
 def test_mat_with_other_names(tmp_path):
     "A file whose only table has 20 rows or columns is read; its rate and unit are taken, or inferred and reported."
+    from scipy.io import savemat
+
     x = rng_for(0, "mat").normal(0, 30, (20, 2800))
     savemat(tmp_path / "a.mat", {"data_50sec": x.T, "Fs": 250.0, "label": [1, 2]})
     recording = read_recording(tmp_path / "a.mat", fs=None, sandbox=False)
     assert recording.fs == 250 and "unit" in [i.kind for i in recording.issues]
-    np.testing.assert_allclose(recording.eeg, x[:19], rtol=1e-5)
+    assert_allclose(recording.eeg, x[:19], rtol=1e-5)
     savemat(tmp_path / "b.mat", {"one": x, "two": x})
     with pytest.raises(InputError, match="a MATLAB file with one, two"): read_recording(tmp_path / "b.mat", sandbox=False)
