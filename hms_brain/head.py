@@ -117,7 +117,7 @@ def slow_walk(
     knots = np.exp(rng.normal(0, sd, int(n_times / FS / step) + 3))
     return np.interp(np.arange(n_times) / FS, np.arange(len(knots)) * step - step * rng.random(), knots).astype(np.float32)
 
-# %% ../nbs/02_head.ipynb #b631f306
+# %% ../nbs/02_head.ipynb #dc4ca005
 @dataclass(frozen=True)
 class Traits:
     "A patient's background."
@@ -127,22 +127,25 @@ class Traits:
     bumps: tuple  # of (centre Hz, relative bandwidth, amplitude relative to the noise, side, ap, extent)
     suppression: float  # share of time suppressed; 0 in most
     common: float  # RMS of what all electrodes share, uV
+    floor: float = 1.0  # noise of each electrode, uV RMS
 
-# %% ../nbs/02_head.ipynb #2559e65a
+# %% ../nbs/02_head.ipynb #8576dda0
 def draw_traits(
     rng: np.random.Generator,
 ) -> Traits:
     "Draw a patient's background, whatever the pattern."
     bumps = []
     for _ in range(rng.choice(4, p=[.25, .35, .25, .15])):  # polymorphic theta and delta, focal or diffuse
-        bumps.append((rng.uniform(.8, 3.5) if rng.random() < .65 else rng.uniform(4, 7.5), rng.uniform(.25, .6), rng.uniform(.3, 1.3),
+        bumps.append((rng.uniform(.7, 3.2) if rng.random() < .7 else rng.uniform(4, 7.5), rng.uniform(.25, .6), rng.uniform(.4, 1.6),
                       rng.uniform(-1, 1), rng.uniform(-1, 1), rng.uniform(.3, 1)))
     alpha, size = rng.uniform(8, 11.5), rng.uniform(.3, 1)
     if rng.random() < .3: bumps += [(alpha, .08, size, side, -.8, .35) for side in (-.6, .6)]
-    return Traits(float(np.exp(rng.normal(np.log(9.5), .28))), float(rng.normal(-2.4, .6)), rng.uniform(.4, 1.8), tuple(bumps),
-                  rng.uniform(.3, .8) if rng.random() < .08 else 0., float(np.exp(rng.normal(np.log(12), .8))))
+    beta, size = rng.uniform(13, 22), rng.uniform(.2, .7)
+    if rng.random() < .35: bumps += [(beta, .25, size, side, .6, .6) for side in (-.5, .5)]  # sedatives
+    return Traits(float(np.exp(rng.normal(np.log(15.5), .32))), float(rng.normal(-2.45, .3)), rng.uniform(.2, .9), tuple(bumps),
+                  rng.uniform(.3, .7) if rng.random() < .07 else 0., float(np.exp(rng.normal(np.log(12), .8))), float(np.exp(rng.normal(np.log(1.9), .3))))
 
-# %% ../nbs/02_head.ipynb #54f9f821
+# %% ../nbs/02_head.ipynb #c3ae5ced
 def suppression(
     rng: np.random.Generator,
     n_times: int,
@@ -154,9 +157,9 @@ def suppression(
     edges = np.c_[pauses, bursts].ravel().cumsum()
     t = np.arange(n_times) / FS
     on = np.searchsorted(edges, t) % 2
-    return np.convolve(np.where(on, 1.3, .12), np.hanning(61) / 30, "same").astype(np.float32)
+    return np.convolve(np.where(on, 1.3, .2), np.hanning(61) / 30, "same").astype(np.float32)
 
-# %% ../nbs/02_head.ipynb #97d12c51
+# %% ../nbs/02_head.ipynb #15809a34
 def background(
     rng: np.random.Generator,
     head: Head,
@@ -164,7 +167,7 @@ def background(
     n_times: int,
 ) -> np.ndarray:  # (19, n_times) float32, uV
     "Noise, polymorphic slowing, alpha and suppression, without the common mode."
-    power = lambda f: f**2 / (f**2 + .03) / (1 + (f / traits.knee) ** -traits.slope)
+    power = lambda f: f**2 / (f**2 + .03) / (1 + (f / traits.knee) ** -traits.slope) * (1 + .6 * np.exp(-((f - 7) / 3) ** 2))  # theta above the power law
     slow = lambda f: 1 / (1 + (f / 5) ** 2)
     x = mixing(head, .35) @ coloured_noise(rng, n_times, lambda f: np.sqrt(power(f) * slow(f)), 19)
     f = np.linspace(.25, 60, 2000)
@@ -175,4 +178,4 @@ def background(
         x += (size * .6 * patch(head, side, ap, extent)).astype(np.float32)[:, None] * (s * slow_walk(rng, n_times, .4, 5))
     if traits.suppression: x *= suppression(rng, n_times, traits.suppression)
     total = np.sqrt(1 + sum(.3 * b[2] ** 2 for b in traits.bumps))
-    return x * (slow_walk(rng, n_times, .15) * np.float32(traits.level / total)) + rng.standard_normal((19, n_times), dtype=np.float32) * np.float32(.8)
+    return x * (slow_walk(rng, n_times, .15) * np.float32(traits.level / total)) + rng.standard_normal((19, n_times), dtype=np.float32) * np.float32(traits.floor)
