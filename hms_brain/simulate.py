@@ -10,18 +10,18 @@ __all__ = ['CLARITY', 'HOLD', 'Attributes', 'draw_attributes', 'draw_periodic_or
            'again', 'simulate_timeline', 'period_at', 'plant', 'cut_timeline', 'Simulated', 'simulate', 'assemble',
            'simulate_recording', 'stream_chapters', 'simulate_stream', 'stream_blocks']
 
-# %% ../nbs/02_simulate.ipynb #9aea666e
+# %% ../nbs/02_simulate.ipynb #6234e00b
 import itertools
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 import numpy as np
 from .core import CHANNELS, CLASSES, EKG, FS, InputError, did_you_mean, rng_for
-from .head import Head, Traits, background, bipolar, coloured_noise, draw_traits, make_head, patch, slow_walk
+from .head import TYPICAL_LEVEL, Head, Traits, background, bipolar, coloured_noise, draw_traits, make_head, patch, slow_walk
 from .nuisance import electrodes_and_mains, eyes_and_muscles, heart, spoil
 from .records import Recording, keyed_hash
 
-# %% ../nbs/02_simulate.ipynb #94f39412
+# %% ../nbs/02_simulate.ipynb #f57df0d6
 @dataclass(frozen=True)
 class Attributes:
     "What a pattern is, before anyone names it."
@@ -32,7 +32,7 @@ class Attributes:
     sharpness: float = 0.0  # 0 sinusoid .. 1 discharges
     phases: int = 2  # of a discharge
     width: float = .25  # duration of a discharge, s
-    snr: float = -40.0  # dB against the background in the regions that show it best
+    snr: float = -40.0  # dB against a typical background in the regions that show it best
     side: float = 0.0  # -1 left .. +1 right
     ap: float = 0.0  # -1 occipital .. +1 frontal
     extent: float = .5  # rad
@@ -66,7 +66,7 @@ def draw_attributes(
         if move == 2: a = replace(a, reflection=rng.uniform(.4, .75), reflection_end=rng.uniform(.4, .75))
     return a
 
-# %% ../nbs/02_simulate.ipynb #dec519f4
+# %% ../nbs/02_simulate.ipynb #09cf9ff3
 def draw_periodic_or_rhythmic(rng: np.random.Generator, pattern: str) -> Attributes:
     "LPD, GPD, LRDA, GRDA in their clear form."
     sharp, general = "pd" in pattern, pattern[0] == "g"
@@ -76,7 +76,7 @@ def draw_periodic_or_rhythmic(rng: np.random.Generator, pattern: str) -> Attribu
     both = rng.uniform(.8, 1) if general else rng.uniform(0, .15)
     return Attributes(pattern, rate, rate * np.exp(rng.normal(0, .06)), rng.uniform(.06, .25) if sharp else rng.uniform(.05, .2),
         (rng.uniform(.85, 1) if general else rng.uniform(.75, .95)) if sharp else rng.uniform(0, .2), int(rng.choice([2, 3, 4], p=[.2, .6, .2] if general else [.4, .3, .3])) if sharp else 2,
-        rng.uniform(.22, .42) if general and sharp else rng.uniform(.28, .6), rng.normal({"gpd": 8.6, "grda": 4.6, "lrda": 4.4}.get(pattern, 5.8), 2.3 if sharp else 3.0),
+        rng.uniform(.22, .42) if general and sharp else rng.uniform(.28, .6), rng.normal({"gpd": 8.2, "grda": 4.6, "lrda": 4.4}.get(pattern, 5.8), 2.3 if sharp else 3.0),
         (rng.uniform(.3, .7) if general else rng.uniform(.7, 1)) * rng.choice([-1, 1]), front, rng.uniform(.4, .8) if general else rng.uniform(.4, .7), both, both,
         rng.choice([-1, 1], p=[.2, .8]) * rng.uniform(.025, .14) if pattern == "gpd" else rng.uniform(-.03, .03), rng.normal(0, .15), rng.uniform(.85, 1))
 
@@ -171,13 +171,13 @@ def intermittent(rng: np.random.Generator, a: Attributes, t: np.ndarray, times: 
     gate = np.convolve(inside(t).astype(np.float32), np.hanning(41) / 20, "same")
     return gate, times[inside(times)]
 
-# %% ../nbs/02_simulate.ipynb #2329c4bc
+# %% ../nbs/02_simulate.ipynb #10c17c93
 def render(
     rng: np.random.Generator,
     head: Head,
     a: Attributes,
     n_times: int,
-    level: float,  # bipolar RMS of the background, uV
+    level: float,  # RMS that 0 dB stand for, bipolar, uV
 ) -> tuple[np.ndarray, np.ndarray]:  # (19, n_times) float32, uV; cycle times, s
     "A pattern at the electrodes."
     if a.snr < -30: return np.zeros((19, n_times), np.float32), np.zeros(0)
@@ -299,7 +299,7 @@ class Simulated:
         "The attributes in the middle of the recording."
         return period_at(self.timeline, self.recording.duration / 2).attributes
 
-# %% ../nbs/02_simulate.ipynb #ffd86206
+# %% ../nbs/02_simulate.ipynb #f66ab5a3
 def simulate(
     seed: int,  # of the data set
     pattern: str = "lpd",  # what holds in the middle, one of CLASSES
@@ -324,7 +324,7 @@ def simulate(
         start, stop = round(p.start * FS), round(p.stop * FS)
         lo, hi = max(0, start), min(n, stop)
         if hi - lo < FS: continue
-        y, times = render(rng, head, p.attributes, stop - start, traits.level)
+        y, times = render(rng, head, p.attributes, stop - start, float(np.sqrt(traits.level * TYPICAL_LEVEL)))
         shown[:, lo:hi] = y[:, lo - start:hi - start]
         cycles.append(times + p.start)
         calm[lo:hi] = p.attributes.calm
