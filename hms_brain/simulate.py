@@ -45,7 +45,7 @@ class Attributes:
 
 CLARITY = ("clear", "proto", "edge")  # ideal; weaker or irregular; between two classes
 
-# %% ../nbs/02_simulate.ipynb #75f34bcc
+# %% ../nbs/02_simulate.ipynb #6b4fddd6
 def draw_attributes(
     rng: np.random.Generator,
     pattern: str,  # one of CLASSES
@@ -56,7 +56,7 @@ def draw_attributes(
         if name not in known: raise InputError(f"unknown {name!r}{did_you_mean(name, known)}", "pattern or clarity", f"known: {', '.join(known)}")
     a = {"seizure": draw_seizure, "other": draw_other}.get(pattern, draw_periodic_or_rhythmic)(rng, pattern)
     if clarity == "proto" and pattern != "other":
-        a = replace(a, snr=a.snr - rng.uniform(2, 7), cv=a.cv * rng.uniform(1, 2), prevalence=a.prevalence * rng.uniform(.6, 1))
+        a = replace(a, snr=a.snr - rng.uniform(2, 7), cv=a.cv * rng.uniform(1, 1.7), prevalence=a.prevalence * rng.uniform(.6, 1))
     if clarity == "edge" and pattern != "other":
         move = rng.integers(3)
         if move == 0:
@@ -66,7 +66,7 @@ def draw_attributes(
         if move == 2: a = replace(a, reflection=rng.uniform(.4, .75), reflection_end=rng.uniform(.4, .75))
     return a
 
-# %% ../nbs/02_simulate.ipynb #09cf9ff3
+# %% ../nbs/02_simulate.ipynb #9345fec1
 def draw_periodic_or_rhythmic(rng: np.random.Generator, pattern: str) -> Attributes:
     "LPD, GPD, LRDA, GRDA in their clear form."
     sharp, general = "pd" in pattern, pattern[0] == "g"
@@ -76,7 +76,7 @@ def draw_periodic_or_rhythmic(rng: np.random.Generator, pattern: str) -> Attribu
     both = rng.uniform(.8, 1) if general else rng.uniform(0, .15)
     return Attributes(pattern, rate, rate * np.exp(rng.normal(0, .06)), rng.uniform(.06, .25) if sharp else rng.uniform(.05, .2),
         (rng.uniform(.85, 1) if general else rng.uniform(.75, .95)) if sharp else rng.uniform(0, .2), int(rng.choice([2, 3, 4], p=[.2, .6, .2] if general else [.4, .3, .3])) if sharp else 2,
-        rng.uniform(.22, .42) if general and sharp else rng.uniform(.28, .6), rng.normal({"gpd": 8.2, "grda": 4.6, "lrda": 4.4}.get(pattern, 5.8), 2.3 if sharp else 3.0),
+        rng.uniform(.2, .38) if general and sharp else rng.uniform(.28, .6), rng.normal({"gpd": 8.2, "grda": 4.6, "lrda": 4.4}.get(pattern, 5.8), 2.3 if sharp else 3.0),
         (rng.uniform(.3, .7) if general else rng.uniform(.7, 1)) * rng.choice([-1, 1]), front, rng.uniform(.4, .8) if general else rng.uniform(.4, .7), both, both,
         rng.choice([-1, 1], p=[.2, .8]) * rng.uniform(.025, .14) if pattern == "gpd" else rng.uniform(-.03, .03), rng.normal(0, .15), rng.uniform(.85, 1))
 
