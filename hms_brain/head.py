@@ -117,8 +117,8 @@ def slow_walk(
     knots = np.exp(rng.normal(0, sd, int(n_times / FS / step) + 3))
     return np.interp(np.arange(n_times) / FS, np.arange(len(knots)) * step - step * rng.random(), knots).astype(np.float32)
 
-# %% ../nbs/02_head.ipynb #7c40c3d0
-TYPICAL_LEVEL = 15.5  # uV
+# %% ../nbs/02_head.ipynb #d96df677
+TYPICAL_LEVEL = 14.6  # uV
 
 @dataclass(frozen=True)
 class Traits:

@@ -10,7 +10,7 @@ __all__ = ['CLARITY', 'HOLD', 'Attributes', 'draw_attributes', 'draw_periodic_or
            'again', 'simulate_timeline', 'period_at', 'plant', 'cut_timeline', 'Simulated', 'simulate', 'assemble',
            'simulate_recording', 'stream_chapters', 'simulate_stream', 'stream_blocks']
 
-# %% ../nbs/02_simulate.ipynb #6234e00b
+# %% ../nbs/02_simulate.ipynb #f06f5ecd
 import itertools
 import time
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from .core import CHANNELS, CLASSES, EKG, FS, InputError, did_you_mean, rng_for
 from .head import TYPICAL_LEVEL, Head, Traits, background, bipolar, coloured_noise, draw_traits, make_head, patch, slow_walk
-from .nuisance import electrodes_and_mains, eyes_and_muscles, heart, spoil
+from .nuisance import electrodes_and_mains, eyes_and_muscles, heart, rhythmic_artefacts, spoil
 from .records import Recording, keyed_hash
 
 # %% ../nbs/02_simulate.ipynb #f57df0d6
@@ -66,7 +66,7 @@ def draw_attributes(
         if move == 2: a = replace(a, reflection=rng.uniform(.4, .75), reflection_end=rng.uniform(.4, .75))
     return a
 
-# %% ../nbs/02_simulate.ipynb #9345fec1
+# %% ../nbs/02_simulate.ipynb #7bb51ab4
 def draw_periodic_or_rhythmic(rng: np.random.Generator, pattern: str) -> Attributes:
     "LPD, GPD, LRDA, GRDA in their clear form."
     sharp, general = "pd" in pattern, pattern[0] == "g"
@@ -75,8 +75,8 @@ def draw_periodic_or_rhythmic(rng: np.random.Generator, pattern: str) -> Attribu
     front = rng.uniform(.45, .95) if pattern == "grda" else rng.uniform(-.2, .9) if general else rng.uniform(-.7, .7)
     both = rng.uniform(.8, 1) if general else rng.uniform(0, .15)
     return Attributes(pattern, rate, rate * np.exp(rng.normal(0, .06)), rng.uniform(.06, .25) if sharp else rng.uniform(.05, .2),
-        (rng.uniform(.85, 1) if general else rng.uniform(.75, .95)) if sharp else rng.uniform(0, .2), int(rng.choice([2, 3, 4], p=[.2, .6, .2] if general else [.4, .3, .3])) if sharp else 2,
-        rng.uniform(.2, .38) if general and sharp else rng.uniform(.28, .6), rng.normal({"gpd": 8.2, "grda": 4.6, "lrda": 4.4}.get(pattern, 5.8), 2.3 if sharp else 3.0),
+        (rng.uniform(.85, 1) if general else rng.uniform(.65, .92)) if sharp else rng.uniform(0, .2), int(rng.choice([2, 3, 4], p=[.2, .6, .2] if general else [.4, .3, .3])) if sharp else 2,
+        rng.uniform(.2, .38) if general and sharp else rng.uniform(.32, .65), rng.normal({"gpd": 8.9, "grda": 4.6, "lrda": 5.4}.get(pattern, 5.8), 2.3 if sharp else 3.0),
         (rng.uniform(.3, .7) if general else rng.uniform(.7, 1)) * rng.choice([-1, 1]), front, rng.uniform(.4, .8) if general else rng.uniform(.4, .7), both, both,
         rng.choice([-1, 1], p=[.2, .8]) * rng.uniform(.025, .14) if pattern == "gpd" else rng.uniform(-.03, .03), rng.normal(0, .15), rng.uniform(.85, 1))
 
@@ -330,12 +330,12 @@ def simulate(
         calm[lo:hi] = p.attributes.calm
     return assemble(draw("artefact"), contact * calm * x, contact * shown, traits, tuple(timeline), np.concatenate(cycles), artefacts)
 
-# %% ../nbs/02_simulate.ipynb #626a0cc8
+# %% ../nbs/02_simulate.ipynb #5c994643
 def assemble(rng: np.random.Generator, x: np.ndarray, shown: np.ndarray, traits: Traits, timeline: tuple[Period, ...], cycles: np.ndarray, artefacts: bool) -> Simulated:
     "Put background, pattern, common mode and artefacts together."
     n = x.shape[1]
     shadow, ekg = heart(rng, n)
-    extra = eyes_and_muscles(rng, n) + electrodes_and_mains(rng, n) + shadow if artefacts else np.zeros_like(shown)
+    extra = eyes_and_muscles(rng, n) + rhythmic_artefacts(rng, n) + electrodes_and_mains(rng, n) + shadow if artefacts else np.zeros_like(shown)
     common = traits.common * coloured_noise(rng, n, lambda f: f**-1.0)
     signal = np.concatenate([x + shown + extra + common, ekg[None]]).astype(np.float32)
     if artefacts: signal = spoil(rng, signal)
