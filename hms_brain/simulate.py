@@ -7,18 +7,21 @@ Docs: https://hms-brain.github.io/hms_brain/simulate.html.md"""
 # %% auto #0
 __all__ = ['CLARITY', 'HOLD', 'Attributes', 'draw_attributes', 'draw_periodic_or_rhythmic', 'draw_seizure', 'draw_other',
            'cycle_times', 'discharge', 'source', 'unit', 'intermittent', 'render', 'Period', 'hold', 'neighbour',
-           'simulate_timeline', 'bumps_at', 'eyes_and_muscles', 'electrodes_and_mains', 'heart', 'spoil', 'Simulated',
-           'simulate', 'assemble', 'simulate_recording']
+           'again', 'simulate_timeline', 'period_at', 'plant', 'cut_timeline', 'Simulated', 'simulate', 'assemble',
+           'simulate_recording', 'stream_chapters', 'simulate_stream', 'stream_blocks']
 
-# %% ../nbs/02_simulate.ipynb #c2cb39d0
+# %% ../nbs/02_simulate.ipynb #f06f5ecd
+import itertools
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 import numpy as np
 from .core import CHANNELS, CLASSES, EKG, FS, InputError, did_you_mean, rng_for
-from .electrodes import electrode_positions
-from .head import Head, Traits, background, bipolar, coloured_noise, draw_traits, make_head, patch
+from .head import TYPICAL_LEVEL, Head, Traits, background, bipolar, coloured_noise, draw_traits, make_head, patch, slow_walk
+from .nuisance import electrodes_and_mains, eyes_and_muscles, heart, rhythmic_artefacts, spoil
 from .records import Recording, keyed_hash
 
-# %% ../nbs/02_simulate.ipynb #94f39412
+# %% ../nbs/02_simulate.ipynb #f57df0d6
 @dataclass(frozen=True)
 class Attributes:
     "What a pattern is, before anyone names it."
@@ -29,7 +32,7 @@ class Attributes:
     sharpness: float = 0.0  # 0 sinusoid .. 1 discharges
     phases: int = 2  # of a discharge
     width: float = .25  # duration of a discharge, s
-    snr: float = -40.0  # dB against the background in the regions that show it best
+    snr: float = -40.0  # dB against a typical background in the regions that show it best
     side: float = 0.0  # -1 left .. +1 right
     ap: float = 0.0  # -1 occipital .. +1 frontal
     extent: float = .5  # rad
@@ -42,7 +45,7 @@ class Attributes:
 
 CLARITY = ("clear", "proto", "edge")  # ideal; weaker or irregular; between two classes
 
-# %% ../nbs/02_simulate.ipynb #75f34bcc
+# %% ../nbs/02_simulate.ipynb #6b4fddd6
 def draw_attributes(
     rng: np.random.Generator,
     pattern: str,  # one of CLASSES
@@ -53,7 +56,7 @@ def draw_attributes(
         if name not in known: raise InputError(f"unknown {name!r}{did_you_mean(name, known)}", "pattern or clarity", f"known: {', '.join(known)}")
     a = {"seizure": draw_seizure, "other": draw_other}.get(pattern, draw_periodic_or_rhythmic)(rng, pattern)
     if clarity == "proto" and pattern != "other":
-        a = replace(a, snr=a.snr - rng.uniform(2, 7), cv=a.cv * rng.uniform(1, 2), prevalence=a.prevalence * rng.uniform(.6, 1))
+        a = replace(a, snr=a.snr - rng.uniform(2, 7), cv=a.cv * rng.uniform(1, 1.7), prevalence=a.prevalence * rng.uniform(.6, 1))
     if clarity == "edge" and pattern != "other":
         move = rng.integers(3)
         if move == 0:
@@ -63,28 +66,28 @@ def draw_attributes(
         if move == 2: a = replace(a, reflection=rng.uniform(.4, .75), reflection_end=rng.uniform(.4, .75))
     return a
 
-# %% ../nbs/02_simulate.ipynb #6df681a0
+# %% ../nbs/02_simulate.ipynb #7bb51ab4
 def draw_periodic_or_rhythmic(rng: np.random.Generator, pattern: str) -> Attributes:
     "LPD, GPD, LRDA, GRDA in their clear form."
     sharp, general = "pd" in pattern, pattern[0] == "g"
-    rate = {"lpd": rng.gamma(16, 1.05 / 16), "gpd": rng.gamma(12, 1.3 / 12), "lrda": rng.gamma(30, 1.5 / 30), "grda": rng.gamma(30, 1.7 / 30)}[pattern]
+    rate = {"lpd": rng.gamma(16, 1.05 / 16), "gpd": rng.gamma(12, 1.2 / 12), "lrda": rng.gamma(30, 1.5 / 30), "grda": rng.gamma(30, 1.7 / 30)}[pattern]
     rate = float(np.clip(rate, .5, 2.4))
     front = rng.uniform(.45, .95) if pattern == "grda" else rng.uniform(-.2, .9) if general else rng.uniform(-.7, .7)
-    both = rng.uniform(.8, 1) if general else rng.uniform(.02, .3)
-    return Attributes(pattern, rate, rate * np.exp(rng.normal(0, .06)), rng.uniform(.06, .25) if sharp else rng.uniform(.05, .16),
-        rng.uniform(.85, 1) if sharp else rng.uniform(0, .2), int(rng.choice([2, 3])) if sharp else 2,
-        rng.uniform(.3, .5) if general and sharp else rng.uniform(.18, .4), rng.normal({"gpd": 9.3, "grda": 7.3}.get(pattern, 6.5), 2.2),
-        (rng.uniform(.3, .7) if general else rng.uniform(.7, 1)) * rng.choice([-1, 1]), front, rng.uniform(.4, .8) if general else rng.uniform(.25, .55), both, both,
+    both = rng.uniform(.8, 1) if general else rng.uniform(0, .15)
+    return Attributes(pattern, rate, rate * np.exp(rng.normal(0, .06)), rng.uniform(.06, .25) if sharp else rng.uniform(.05, .2),
+        (rng.uniform(.85, 1) if general else rng.uniform(.65, .92)) if sharp else rng.uniform(0, .2), int(rng.choice([2, 3, 4], p=[.2, .6, .2] if general else [.4, .3, .3])) if sharp else 2,
+        rng.uniform(.2, .38) if general and sharp else rng.uniform(.32, .65), rng.normal({"gpd": 8.9, "grda": 4.6, "lrda": 5.4}.get(pattern, 5.8), 2.3 if sharp else 3.0),
+        (rng.uniform(.3, .7) if general else rng.uniform(.7, 1)) * rng.choice([-1, 1]), front, rng.uniform(.4, .8) if general else rng.uniform(.4, .7), both, both,
         rng.choice([-1, 1], p=[.2, .8]) * rng.uniform(.025, .14) if pattern == "gpd" else rng.uniform(-.03, .03), rng.normal(0, .15), rng.uniform(.85, 1))
 
-# %% ../nbs/02_simulate.ipynb #5d781e7d
+# %% ../nbs/02_simulate.ipynb #0cea7f1c
 def draw_seizure(rng: np.random.Generator, pattern: str = "seizure") -> Attributes:
     "A steady fast or an evolving seizure, on one side or both."
     general, chirp = rng.random() < .4, rng.random() < .5
     start = rng.uniform(5, 12) if chirp else 2.5 + rng.gamma(1.6, .5)
     end = rng.uniform(2, 3.5) if chirp else start * np.exp(rng.normal(-.1, .15))
     both = rng.uniform(.75, 1) if general else rng.uniform(.05, .4)
-    return Attributes(pattern, start, end, rng.uniform(.04, .15), rng.uniform(0, .9), int(rng.choice([1, 2, 3])), rng.uniform(.15, .35), rng.normal(9.3, 3.5),
+    return Attributes(pattern, start, end, rng.uniform(.04, .15), rng.uniform(0, .9), int(rng.choice([1, 2, 3])), rng.uniform(.15, .35), rng.normal(4.5, 2.8),
         (rng.uniform(.2, .6) if general else rng.uniform(.6, 1)) * rng.choice([-1, 1]), rng.uniform(-.7, .9), rng.uniform(.4, .7) if general else rng.uniform(.2, .5),
         both, min(1, both + (rng.uniform(0, .6) if chirp else 0)), rng.uniform(-.02, .02), rng.uniform(.2, 1.3) if chirp else rng.normal(.1, .2), 1.0)
 
@@ -115,18 +118,20 @@ def cycle_times(
     marks = np.cumsum(steps) - steps[0] * rng.random()
     return np.interp(marks[marks < phase[-1]], phase, t)
 
-# %% ../nbs/02_simulate.ipynb #9c5bbbd1
+# %% ../nbs/02_simulate.ipynb #1b6a4dc4
 def discharge(
     a: Attributes,
     width: float,  # s
+    shape: np.ndarray,  # (8,) log factors of the lobes' lengths, then heights; zeros: the textbook's
 ) -> np.ndarray:  # (n,) waveform
     "One discharge: lobes of alternating polarity that get longer, the last one a slow wave."
-    lengths = {1: (.5, .5), 2: (.3, .7), 3: (.18, .27, .55)}[a.phases]
-    heights = {1: (1., 0.), 2: (1., -.45), 3: (-.45, 1., -.5)}[a.phases]
-    lobes = [h * np.sin(np.pi * np.arange(n := max(2, round(part * width * FS))) / n) ** 1.5 for part, h in zip(lengths, heights)]
+    lengths = np.array({1: (.5, .5), 2: (.3, .7), 3: (.18, .27, .55), 4: (.12, .16, .22, .5)}[a.phases])
+    heights = np.array({1: (1., 0.), 2: (1., -.45), 3: (-.4, 1., -.35), 4: (.4, -.8, 1., -.45)}[a.phases]) * np.exp(shape[4:4 + len(lengths)])
+    lengths = lengths * np.exp(shape[:len(lengths)])
+    lobes = [h * np.sin(np.pi * np.arange(n := max(2, round(part * width * FS))) / n) ** 1.5 for part, h in zip(lengths / lengths.sum(), heights)]
     return np.concatenate(lobes).astype(np.float32)
 
-# %% ../nbs/02_simulate.ipynb #ddff9abf
+# %% ../nbs/02_simulate.ipynb #cec588fd
 def source(
     rng: np.random.Generator,
     a: Attributes,
@@ -140,15 +145,16 @@ def source(
     if not len(times): return np.zeros(n_times, np.float32), times
     size = np.exp(rng.normal(0, .12 + .3 * a.cv, len(times)))
     s, width = np.zeros(n_times), min(a.width, .9 / max(a.rate, a.rate_end))
-    for k, scale in enumerate(np.exp(np.linspace(-.2, .2, 5))):  # five lengths of the same discharge
-        pulse, mine = discharge(a, width * scale), np.arange(len(times)) % 5 == k
+    own, which = rng.normal(0, .25, 8), rng.integers(0, 5, len(times))
+    for k, scale in enumerate(np.exp(np.linspace(-.2, .2, 5))):  # five variants of the same discharge
+        pulse, mine = discharge(a, width * scale, own + rng.normal(0, .12, 8)), which == k
         at = (times[mine] * FS).astype(int)[:, None] + np.arange(len(pulse))
         keep = at < n_times
         np.add.at(s, at[keep], (size[mine, None] * pulse)[keep])
     phase = np.interp(t, times, np.arange(len(times)), left=0, right=len(times) - 1) * 2 * np.pi
     wave = (np.cos(phase) + rng.uniform(0, .3) * np.cos(2 * phase + rng.uniform(0, 6))) * np.interp(t, times, size) * gate
     s = a.sharpness * unit(s) + (1 - a.sharpness) * unit(wave)
-    return (unit(s) * np.exp(a.growth * (t / t[-1] - .5))).astype(np.float32), times
+    return (unit(s) * np.exp(a.growth * (t / t[-1] - .5)) * slow_walk(rng, n_times, .15, 4)).astype(np.float32), times
 
 # %% ../nbs/02_simulate.ipynb #3a190720
 def unit(x: np.ndarray) -> np.ndarray:
@@ -165,13 +171,13 @@ def intermittent(rng: np.random.Generator, a: Attributes, t: np.ndarray, times: 
     gate = np.convolve(inside(t).astype(np.float32), np.hanning(41) / 20, "same")
     return gate, times[inside(times)]
 
-# %% ../nbs/02_simulate.ipynb #2329c4bc
+# %% ../nbs/02_simulate.ipynb #10c17c93
 def render(
     rng: np.random.Generator,
     head: Head,
     a: Attributes,
     n_times: int,
-    level: float,  # bipolar RMS of the background, uV
+    level: float,  # RMS that 0 dB stand for, bipolar, uV
 ) -> tuple[np.ndarray, np.ndarray]:  # (19, n_times) float32, uV; cycle times, s
     "A pattern at the electrodes."
     if a.snr < -30: return np.zeros((19, n_times), np.float32), np.zeros(0)
@@ -205,7 +211,7 @@ def hold(rng: np.random.Generator, pattern: str) -> float:
     centre, sd, least, most = HOLD[pattern]
     return float(np.clip(np.exp(rng.normal(centre, sd)), least, most))
 
-# %% ../nbs/02_simulate.ipynb #d1295413
+# %% ../nbs/02_simulate.ipynb #dcf8b76c
 def neighbour(
     rng: np.random.Generator,
     now: Attributes,
@@ -213,13 +219,17 @@ def neighbour(
     before: bool = False,  # the state before rather than after
 ) -> Attributes:
     "The state next to one."
-    if now.pattern == "seizure" and not before: return replace(draw_other(rng), calm=rng.uniform(.35, .8), snr=-40.)
+    if now.pattern == "seizure" and not before: return replace(draw_other(rng), calm=rng.uniform(.45, .9), snr=-40.)
     back = .35 if now.pattern == main.pattern else .6
     kind = rng.choice(["again", "other", "else"], p=[back, .9 - back, .1])
     if main.pattern == "seizure" and kind == "else": return draw_attributes(rng, rng.choice(["lpd", "gpd", "lrda"]))
     if kind == "else": return draw_attributes(rng, rng.choice(CLASSES), rng.choice(CLARITY))
     if kind == "other": return draw_attributes(rng, "other")
-    return replace(main, rate=(r := main.rate * np.exp(rng.normal(0, .1))), rate_end=r * main.rate_end / main.rate, snr=main.snr + rng.normal(0, 2))
+    return again(rng, main)
+
+def again(rng: np.random.Generator, a: Attributes) -> Attributes:
+    "The same pattern another time: a little faster or slower, stronger or weaker."
+    return replace(a, rate=(r := a.rate * np.exp(rng.normal(0, .1))), rate_end=r * a.rate_end / a.rate, snr=a.snr + rng.normal(0, 2))
 
 # %% ../nbs/02_simulate.ipynb #5e8260a8
 def simulate_timeline(
@@ -243,73 +253,39 @@ def simulate_timeline(
         before.append(Period(before[-1].start - hold(rng, a.pattern), before[-1].start, a))
     return tuple(before[:0:-1] + after)
 
-# %% ../nbs/02_simulate.ipynb #8d20a1e1
-def bumps_at(rng: np.random.Generator, n_times: int, every: float, length: float, size: float, shape=np.hanning) -> np.ndarray:
-    "A train of pulses at random times: mean interval and length in s, lognormal sizes about `size`."
-    y = np.zeros(n_times, np.float32)
-    for start in (rng.random(rng.poisson(n_times / FS / every)) * n_times).astype(int):
-        pulse = shape(max(4, int(length * FS * np.exp(rng.normal(0, .3))))) * size * np.exp(rng.normal(0, .4))
-        y[start:start + len(pulse)] += pulse[:max(0, n_times - start)]
-    return y
+# %% ../nbs/02_simulate.ipynb #2541c04a
+def period_at(
+    timeline: tuple[Period, ...],
+    t: float,  # s
+) -> Period:
+    "The stationary period that holds at a time."
+    return next((p for p in timeline if p.start <= t < p.stop), timeline[-1])
 
-# %% ../nbs/02_simulate.ipynb #95a5437c
-def eyes_and_muscles(rng: np.random.Generator, n_times: int) -> np.ndarray:
-    "Blinks, lateral eye movements, EMG bursts and sweat. (19, n_times) uV."
-    x, pos = np.zeros((19, n_times), np.float32), electrode_positions().astype(np.float32)
-    front = np.exp(-((1 - pos @ np.array([0, .95, .3], np.float32)) / .25))
-    if rng.random() < .35: x += front[:, None] * bumps_at(rng, n_times, rng.uniform(2, 30), .3, rng.uniform(50, 200))
-    if rng.random() < .15: x += (front * np.sign(pos[:, 0]) * np.abs(pos[:, 0]) ** .5)[:, None] * bumps_at(rng, n_times, 20, .8, 50, lambda n: np.tanh(6 * np.hanning(n)))
-    if rng.random() < .45:
-        emg = coloured_noise(rng, n_times, lambda f: (f > 15) * np.sqrt(f * np.exp(-f / 30)), 5)
-        where = rng.integers(0, 19, 5)
-        envelope = rng.uniform(0, 4) * (rng.random() < .5) + bumps_at(rng, n_times, rng.uniform(8, 120), 4, rng.uniform(4, 40))
-        spread = np.exp(-((1 - pos @ pos[where].T) / .2)) * np.exp(rng.normal(0, .7, 5))
-        x += spread.astype(np.float32) @ emg * envelope
-    if rng.random() < .2: x += rng.gamma(1, 25, (19, 1)).astype(np.float32) * coloured_noise(rng, n_times, lambda f: f < .4, 2)[rng.integers(0, 2, 19)]
-    return x
+def plant(
+    timeline: tuple[Period, ...],
+    start: float,  # s
+    stop: float,  # s
+    a: Attributes,
+) -> tuple[Period, ...]:
+    "The same timeline, but a state holds from start to stop; where it holds beyond, it stays one period."
+    same = [p for p in timeline if p.attributes == a and p.stop >= start and p.start <= stop]
+    start, stop = min([start, *(p.start for p in same)]), max([stop, *(p.stop for p in same)])
+    before = [replace(p, stop=min(p.stop, start)) for p in timeline if p.start < start]
+    after = [replace(p, start=max(p.start, stop)) for p in timeline if p.stop > stop]
+    return (*before, Period(start, stop, a), *after)
 
-# %% ../nbs/02_simulate.ipynb #77f6b786
-def electrodes_and_mains(rng: np.random.Generator, n_times: int) -> np.ndarray:
-    "Pops, noisy channels, rare excursions of millivolts, and mains at any strength. (19, n_times) uV."
-    x, t = np.zeros((19, n_times), np.float32), np.arange(n_times, dtype=np.float32) / np.float32(FS)
-    if rng.random() < .15: x[rng.integers(19)] += bumps_at(rng, n_times, 60, 1, rng.uniform(40, 300), lambda n: np.exp(-5 * np.arange(n) / n))
-    if rng.random() < .12: x[rng.integers(19)] += coloured_noise(rng, n_times, lambda f: f ** -rng.uniform(0, 1))[0] * rng.uniform(10, 80)
-    if rng.random() < .04: x[rng.integers(19)] += bumps_at(rng, n_times, 150, 3, 10 ** rng.uniform(3, 3.9), lambda n: np.sign(np.sin(np.linspace(0, 20, n))))
-    size = .05 * 10 ** rng.uniform(0, 2.5)
-    if rng.random() < .6: x += (rng.gamma(1, size, (19, 1)) * (1 if rng.random() < .2 else .3)).astype(np.float32) * np.sin(2 * np.pi * 60 * t + rng.normal(0, .2, (19, 1)).astype(np.float32))
-    return x
+def cut_timeline(
+    timeline: tuple[Period, ...],
+    start: float,  # s
+    stop: float,  # s
+    margin: float = 20.0,  # s of a steady period that are kept beyond the ends
+) -> tuple[Period, ...]:  # on the stretch's own clock
+    "The periods that reach into a stretch."
+    kept = [p for p in timeline if p.stop > start and p.start < stop]
+    loose = [margin if p.attributes.pattern != "seizure" else np.inf for p in kept]
+    return tuple(Period(max(p.start, start - m) - start, min(p.stop, stop + m) - start, p.attributes) for p, m in zip(kept, loose))
 
-# %% ../nbs/02_simulate.ipynb #9ae285dc
-def heart(
-    rng: np.random.Generator,
-    n_times: int,
-) -> tuple[np.ndarray, np.ndarray]:  # (19, n_times) its shadow in the EEG; (n_times,) the EKG channel, uV
-    "A beating heart: the EKG channel has any scale, some heads conduct it."
-    beat = Attributes(rate=(r := rng.uniform(.9, 2.0)), rate_end=r, cv=rng.choice([.03, .2], p=[.85, .15]))
-    at = (cycle_times(rng, beat, n_times / FS) * FS).astype(int)
-    qrs = np.zeros(n_times, np.float32)
-    qrs[at] = 1
-    qrs = np.convolve(qrs, np.r_[-.15, .2, 1, .3, -.35, np.zeros(20), .25 * np.hanning(40)].astype(np.float32))[:n_times]
-    field = electrode_positions() @ rng.normal(0, 1, 3) * (rng.uniform(2, 15) if rng.random() < .15 else .3)
-    ekg = qrs * 10 ** rng.uniform(1.5, 3.3) + coloured_noise(rng, n_times, lambda f: f ** -.7)[0] * 10 ** rng.uniform(.5, 2)
-    return field.astype(np.float32)[:, None] * qrs, ekg * (1 if rng.random() < .9 else 10 ** rng.uniform(.5, 2.2))
-
-# %% ../nbs/02_simulate.ipynb #6b13a3c7
-def spoil(
-    rng: np.random.Generator,
-    x: np.ndarray,  # (n_chans, n_times)
-) -> np.ndarray:  # a copy with missing samples and perhaps a flat channel
-    "Missing samples and flat channels as in real files."
-    x, n = x.copy(), x.shape[1]
-    kind = rng.random()
-    if kind < .03: x[:, rng.integers(0, n, rng.integers(1, 4))] = np.nan
-    elif kind < .05:
-        block = min(50 * int(rng.integers(1, 20)), n // 4)
-        x[:, slice(0, block) if rng.random() < .5 else slice(n - block, n)] = np.nan
-    if rng.random() < .02: x[rng.integers(19)] = 0
-    return x
-
-# %% ../nbs/02_simulate.ipynb #b9cbb2e2
+# %% ../nbs/02_simulate.ipynb #eccf934c
 @dataclass(frozen=True)
 class Simulated:
     "A simulated recording and the truth about it."
@@ -318,15 +294,12 @@ class Simulated:
     artefact: np.ndarray  # (19, n_times) float32 uV, the artefacts alone
     timeline: tuple[Period, ...]
     cycles: np.ndarray  # times of the pattern's cycles, s
-    def period_at(self, t: float) -> Period:  # s
-        "The stationary period that holds at a time."
-        return next((p for p in self.timeline if p.start <= t < p.stop), self.timeline[-1])
     @property
     def attributes(self) -> Attributes:
         "The attributes in the middle of the recording."
-        return self.period_at(self.recording.duration / 2).attributes
+        return period_at(self.timeline, self.recording.duration / 2).attributes
 
-# %% ../nbs/02_simulate.ipynb #1015c6f0
+# %% ../nbs/02_simulate.ipynb #f66ab5a3
 def simulate(
     seed: int,  # of the data set
     pattern: str = "lpd",  # what holds in the middle, one of CLASSES
@@ -344,24 +317,25 @@ def simulate(
     draw = lambda part: rng_for(seed, part, patient, recording)
     n = round(duration * FS)
     timeline = timeline or simulate_timeline(draw("timeline"), pattern, duration, clarity=clarity)
-    x, shown, cycles = background(draw("background"), head, traits, n), np.zeros((19, n), np.float32), []
+    x, shown, cycles = background(draw("background"), head, traits, n), np.zeros((19, n), np.float32), [np.zeros(0)]
     calm, rng = np.ones(n, np.float32), draw("pattern")
+    contact = np.exp(draw("contact").normal(0, .08, (19, 1))).astype(np.float32)
     for p in timeline:
         start, stop = round(p.start * FS), round(p.stop * FS)
         lo, hi = max(0, start), min(n, stop)
         if hi - lo < FS: continue
-        y, times = render(rng, head, p.attributes, stop - start, traits.level)
+        y, times = render(rng, head, p.attributes, stop - start, float(np.sqrt(traits.level * TYPICAL_LEVEL)))
         shown[:, lo:hi] = y[:, lo - start:hi - start]
         cycles.append(times + p.start)
         calm[lo:hi] = p.attributes.calm
-    return assemble(draw("artefact"), x * calm, shown, traits, tuple(timeline), np.concatenate(cycles), artefacts)
+    return assemble(draw("artefact"), contact * calm * x, contact * shown, traits, tuple(timeline), np.concatenate(cycles), artefacts)
 
-# %% ../nbs/02_simulate.ipynb #36b2308c
+# %% ../nbs/02_simulate.ipynb #5c994643
 def assemble(rng: np.random.Generator, x: np.ndarray, shown: np.ndarray, traits: Traits, timeline: tuple[Period, ...], cycles: np.ndarray, artefacts: bool) -> Simulated:
     "Put background, pattern, common mode and artefacts together."
     n = x.shape[1]
     shadow, ekg = heart(rng, n)
-    extra = eyes_and_muscles(rng, n) + electrodes_and_mains(rng, n) + shadow if artefacts else np.zeros_like(shown)
+    extra = eyes_and_muscles(rng, n) + rhythmic_artefacts(rng, n) + electrodes_and_mains(rng, n) + shadow if artefacts else np.zeros_like(shown)
     common = traits.common * coloured_noise(rng, n, lambda f: f**-1.0)
     signal = np.concatenate([x + shown + extra + common, ekg[None]]).astype(np.float32)
     if artefacts: signal = spoil(rng, signal)
@@ -369,7 +343,7 @@ def assemble(rng: np.random.Generator, x: np.ndarray, shown: np.ndarray, traits:
     rec = Recording(signal, FS, names, keyed_hash(signal.tobytes()), (), {c: c for c in names}, "referential", 0.0, n / FS)
     return Simulated(rec, shown, extra, timeline, cycles[(cycles >= 0) & (cycles < n / FS)])
 
-# %% ../nbs/02_simulate.ipynb #ef3a2b0f
+# %% ../nbs/02_simulate.ipynb #dee8b4fe
 def simulate_recording(
     seed: int = 0,  # same seed, same bytes
     pattern: str = "lpd",  # what holds in the middle, one of CLASSES
@@ -381,3 +355,49 @@ def simulate_recording(
 ) -> Recording:
     "A simulated `Recording`: 20 channels at 200 Hz in uV."
     return simulate(seed, pattern, duration, clarity, patient, recording, artefacts).recording
+
+# %% ../nbs/02_simulate.ipynb #ed0827fc
+def stream_chapters(
+    seed: int,
+    pattern: str,  # what holds at the start, one of CLASSES
+    patient: int | str,
+    chapter: float,  # s
+) -> Iterator[np.ndarray]:  # (20, chapter * 200) float32 uV
+    "Endless consecutive chapters of one patient."
+    rng = rng_for(seed, "stream", patient)
+    line, tail = simulate_timeline(rng, pattern, chapter, at=min(30., chapter / 2)), None
+    main = period_at(line, min(30., chapter / 2)).attributes
+    fade = np.sqrt(np.linspace(0, 1, round(FS), dtype=np.float32))
+    for k in itertools.count():
+        while line[-1].stop < chapter + 21:
+            a = neighbour(rng, line[-1].attributes, main)
+            line = (*line, Period(line[-1].stop, line[-1].stop + hold(rng, a.pattern), a))
+        x = simulate(seed, duration=chapter + 1, patient=patient, recording=k, timeline=cut_timeline(line, 0, chapter + 1)).recording.signal
+        if tail is not None: x[:, :len(fade)] = x[:, :len(fade)] * fade + tail * fade[::-1]
+        yield x[:, :-len(fade)]
+        tail, line = x[:, -len(fade):], tuple(Period(p.start - chapter, p.stop - chapter, p.attributes) for p in line if p.stop > chapter)
+
+# %% ../nbs/02_simulate.ipynb #3d2b3810
+def simulate_stream(
+    seed: int = 0,  # same seed, same stream
+    pattern: str = "lpd",  # what holds at the start, one of CLASSES
+    block: float = 1.0,  # s per block
+    patient: int | str = 0,  # whose head and background
+    speed: float | None = None,  # times real time; 1: a block each `block` seconds; None: as fast as it is asked for
+    chapter: float = 300.0,  # s simulated at a time
+) -> Iterator[np.ndarray]:  # (20, block * 200) float32 uV: CHANNELS and EKG; NaN where samples are missing
+    "Endless EEG at 200 Hz in blocks. Raises `InputError` for a block that is no whole number of samples, or longer than a chapter."
+    n = round(block * FS) if 0 < block <= chapter else 0
+    if not (10 <= chapter <= 3600 and n >= 1 and abs(n - block * FS) < 1e-6): raise InputError(f"blocks of {block} s in chapters of {chapter} s", "block", "give at least 0.005 s, at most a chapter of 10-3600 s")
+    if speed is not None and not speed > 0: raise InputError(f"a stream cannot run at {speed} times real time", "speed", "give a number above 0 or None")
+    if pattern not in CLASSES: raise InputError(f"unknown {pattern!r}{did_you_mean(pattern, CLASSES)}", "pattern", f"known: {', '.join(CLASSES)}")
+    return stream_blocks(stream_chapters(seed, pattern, patient, chapter), n, speed)
+
+def stream_blocks(chapters: Iterator[np.ndarray], n: int, speed: float | None) -> Iterator[np.ndarray]:
+    "Cut chapters into blocks of n samples; wait when they are due later."
+    begin, rest = time.monotonic(), np.zeros((len(CHANNELS) + 1, 0), np.float32)
+    for k in itertools.count(1):
+        while rest.shape[1] < n: rest = np.concatenate([rest, next(chapters)], axis=1)
+        if speed: time.sleep(max(0., begin + (k - 1) * n / FS / speed - time.monotonic()))
+        yield rest[:, :n].copy()
+        rest = rest[:, n:]

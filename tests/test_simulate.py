@@ -12,8 +12,8 @@ from hms_brain.core import CHANNELS, CLASSES, VOTE_COLUMNS, InputError, rng_for
 from hms_brain.head import background, bipolar, draw_traits, make_head, sphere_gain
 from hms_brain.records import read_context, read_recording
 from hms_brain.signal import bandpass
-from hms_brain.simset import PRIMES, call_probabilities, joint_prior, measure, scatter, simulate_dataset
-from hms_brain.simulate import CLARITY, Attributes, cycle_times, draw_attributes, simulate, simulate_recording, simulate_timeline
+from hms_brain.simset import PRIMES, call_probabilities, draw_plan, joint_prior, measure, scatter, simulate_dataset, simulation_rate
+from hms_brain.simulate import CLARITY, Attributes, cut_timeline, cycle_times, draw_attributes, period_at, plant, simulate, simulate_recording, simulate_stream, simulate_timeline
 
 N = 16  # recordings per pattern
 
@@ -103,7 +103,7 @@ def test_rate_recovered_by_autocorrelation(gallery, pattern):
     hits = []
     for s in gallery[pattern]:
         a = s.attributes
-        whole = s.period_at(25)
+        whole = period_at(s.timeline, 25)
         if whole.start > 5 or whole.stop < 45 or a.snr < 4: continue
         x = bandpass(bipolar(s.recording.eeg[:, 1000:9000]), .5, 20)
         x = x[np.argsort((bipolar(s.pattern) ** 2).mean(1))[-4:]]
@@ -184,6 +184,82 @@ def test_nuisances_do_not_tell_the_class():
     x = x[:, x.std(0) > 0]
     scores = cross_val_score(make_pipeline(StandardScaler(), LogisticRegression(max_iter=500)), x, y, cv=5)
     assert scores.mean() < 1 / 6 + 3 * np.sqrt(5 / 36 / len(y))
+
+
+def everything_but_the_brain(i):
+    "A data set's recording by what must not tell its class: nuisances, lengths, identifiers."
+    plan = draw_plan(rng_for(21, "plan", i), 21, i, 0)
+    at = float(plan.clips[0][[0, -1]].mean()) + 300
+    s = simulate(21, duration=20, patient=i, timeline=cut_timeline(plan.timeline, at - 10, at + 10))
+    ids = [scatter(21, kind, i * k) for kind, k in (("patient_id", 1), ("eeg_id", 256), ("spectrogram_id", 64), ("label_id", 32768))]
+    lengths = [plan.duration, len(plan.clips), len(plan.clips[0]), plan.clips[0][-1] - plan.clips[0][0]]
+    return [*nuisances(s), *ids, *lengths], plan.lead, np.log(np.sort((bipolar(s.pattern) ** 2).mean(1))[[0, -1]] + 1)
+
+
+def test_boosting_on_nuisances_stays_at_the_prior():
+    "Gain, mains, missing samples, length, EKG, ids: a flexible learner gets no more than the prior from them; given the pattern's size it does."
+    from sklearn.ensemble import HistGradientBoostingClassifier
+    from sklearn.metrics import log_loss
+    from sklearn.model_selection import cross_val_predict
+    found = [everything_but_the_brain(i) for i in range(420)]
+    x, y, pattern = np.array([f[0] for f in found]), np.array([f[1] for f in found]), np.array([f[2] for f in found])
+    prior = np.bincount(y, minlength=6) / len(y)
+    floor = -(prior[prior > 0] * np.log(prior[prior > 0])).sum()
+
+    def loss(features):
+        model = HistGradientBoostingClassifier(learning_rate=.03, max_iter=40, max_leaf_nodes=6, min_samples_leaf=20, random_state=0)
+        return log_loss(y, cross_val_predict(model, features, y, cv=5, method="predict_proba"))
+
+    assert loss(x) >= floor - .01, (loss(x), floor)
+    assert loss(np.c_[x, pattern]) < floor - .1
+
+
+def test_planting_keeps_the_timeline_whole():
+    line = simulate_timeline(rng_for(3), "lpd", 600)
+    for a, b in ((100, 130), (0, 600), (590, 640)):
+        for what in (line[0].attributes, Attributes("grda")):
+            new = plant(line, a, b, what)
+            assert all(p.stop == q.start for p, q in zip(new, new[1:])) and all(p.stop > p.start for p in new)
+            assert period_at(new, a + 1).attributes == what == period_at(new, b - 1).attributes
+            assert new[0].start <= line[0].start and new[-1].stop >= line[-1].stop
+    cut = cut_timeline(line, 200, 260)
+    assert cut[0].start <= 0 and cut[-1].stop >= 60
+    assert period_at(cut, 30).attributes == period_at(line, 230).attributes
+
+
+# streams
+def test_stream_is_endless_seeded_and_seamless():
+    def seconds(n, **kw):
+        stream = simulate_stream(4, "grda", chapter=15, **kw)
+        return np.concatenate([next(stream) for _ in range(n)], axis=1)
+    x = seconds(50)
+    assert x.shape == (20, 10_000) and x.dtype == np.float32
+    np.testing.assert_array_equal(x, seconds(25, block=2.0))
+    assert not np.array_equal(x, seconds(50, patient=1))
+    quiet = bandpass(bipolar(np.nan_to_num(x[:19])), .5, 20)
+    jumps = np.abs(np.diff(quiet, axis=1)).max(0)
+    seams = np.concatenate([jumps[k * 3000 - 250:k * 3000 + 250] for k in (1, 2, 3)])
+    assert np.quantile(seams, .99) < 4 * np.quantile(jumps, .99)
+
+
+def test_stream_keeps_time():
+    import time
+    stream = simulate_stream(0, block=.1, chapter=10, speed=2)
+    next(stream)
+    begin = time.monotonic()
+    for _ in range(10): next(stream)
+    assert .4 < time.monotonic() - begin < 1.5
+
+
+@pytest.mark.parametrize("wrong", [{"block": 0}, {"block": .0003}, {"block": 400}, {"speed": 0}, {"pattern": "lpds"}, {"chapter": 1}, {"block": float("nan")}])
+def test_stream_refuses(wrong):
+    with pytest.raises(InputError):
+        simulate_stream(**wrong)
+
+
+def test_rate_counts_examples():
+    rate = simulation_rate(n=2, workers=1)
+    assert rate["examples"] == 2 and rate["per_second"] == 2 / rate["seconds"]
 
 
 # votes
