@@ -189,7 +189,7 @@ PIPELINES = {"download": ("The competition's files from Kaggle (26 GB; needs a t
              "export": ("The bundle of a run.", True)}
 for command, (purpose, takes_run) in PIPELINES.items(): add_pipeline(command, purpose, takes_run)
 
-# %% ../nbs/90_cli.ipynb #d71bf89b
+# %% ../nbs/90_cli.ipynb #a9301265
 @app.command()
 def doctor(as_json: JsonOption = False):
     "What is installed, what is missing, disk, Kaggle token, bundle."
@@ -199,10 +199,14 @@ def doctor(as_json: JsonOption = False):
     else: print_table(findings)
 
 @app.command()
-def bench(as_json: JsonOption = False):
+def bench(
+    topic: Annotated[str, typer.Argument(help="all, or simulate")] = "all",
+    as_json: JsonOption = False,
+):
     "Speed on this machine, beside peers in the same run."
-    from hms_brain.bench import measure
-    rows = measure()
+    from hms_brain.bench import TOPICS
+    if topic not in TOPICS: raise InputError(f"unknown topic {topic!r}", "hms bench", f"known: {', '.join(TOPICS)}")
+    rows = TOPICS[topic]()
     if as_json: print_json(rows)
     else: print_table(rows)
 
