@@ -112,7 +112,7 @@ def demo(
         write_prediction(out / name, prediction, recording)
         print(f"wrote     {out / name}")
 
-# %% ../nbs/90_cli.ipynb #130e05d3
+# %% ../nbs/90_cli.ipynb #5754733e
 @app.command()
 def simulate(
     directory: Annotated[Path, typer.Argument(help="folder to make")],
@@ -143,6 +143,7 @@ def spectrogram(
     with atomic_path(out) as tmp: table.to_parquet(tmp, index=False)
     print(f"{out}: {len(table)} rows, {table.shape[1]} columns")
 
+# %% ../nbs/90_cli.ipynb #9173c320
 @app.command()
 def score(
     truth: Annotated[Path, typer.Argument(help="votes: a table in the layout of train.csv or of a submission")],
@@ -155,7 +156,7 @@ def score(
     if as_json: print_json(scores)
     else: print_table([{"score": k, "value": v} for k, v in scores.items() if isinstance(v, (int, float))])
 
-# %% ../nbs/90_cli.ipynb #456c7fe0
+# %% ../nbs/90_cli.ipynb #4d6b26e4
 class PipelineCommand(TyperCommand):
     "A command whose help lists the parameters of its notebook."
     def format_epilog(self, ctx, formatter):
@@ -189,7 +190,7 @@ PIPELINES = {"download": ("The competition's files from Kaggle (26 GB; needs a t
              "export": ("The bundle of a run.", True)}
 for command, (purpose, takes_run) in PIPELINES.items(): add_pipeline(command, purpose, takes_run)
 
-# %% ../nbs/90_cli.ipynb #a9301265
+# %% ../nbs/90_cli.ipynb #61b522b0
 @app.command()
 def doctor(as_json: JsonOption = False):
     "What is installed, what is missing, disk, Kaggle token, bundle."
@@ -218,7 +219,7 @@ def lab():
     command = [sys.executable, "-m", "jupyterlab", f"--ServerApp.root_dir={find_root()}", f"--ServerApp.ip={settings.host}", f"--ServerApp.port={settings.lab_port}"]
     os.execv(sys.executable, command)
 
-# %% ../nbs/90_cli.ipynb #243ba0ad
+# %% ../nbs/90_cli.ipynb #fd17c670
 def version(show: bool):
     "Print the version and leave."
     if not show: return
