@@ -12,6 +12,7 @@ from hms_brain.core import CHANNELS, InputError, mirror_index, rng_for
 from hms_brain.models.core import MODELS, create_model, list_models, n_params, parse_settings, register_model, without_weights
 from hms_brain.models.effnet import backbone
 from hms_brain.models.fusion import withhold
+from hms_brain.models.resnet1d_gru import window_scale
 
 # name -> trainable parameters, width of the embedding, whether mirrored heads give the same answer
 TABLE = {"resnet1d_gru": dict(n_params=283_738, features=128, symmetric=True),
@@ -133,6 +134,30 @@ def test_resnet_ignores_the_reference_and_the_absent(windows):
     short[:, :, :4000] = 0
     attention = answer(model, {"eeg": short}).attention
     assert attention[:, :50].abs().max() == 0 and attention[:, 50:].min() > 0
+
+
+def test_robust_scale_forgets_the_gain(windows):
+    torch.manual_seed(0)
+    model, plain = create_model("resnet1d_gru", norm="robust").eval(), made("resnet1d_gru")
+    eeg = windows["eeg"].clone()
+    eeg[1, :, :4000] = 0
+    eeg[2, CHANNELS.index("T3")] = 0
+    base = answer(model, {"eeg": eeg}).logits
+    torch.testing.assert_close(answer(model, {"eeg": 5 * eeg}).logits, base, atol=1e-4, rtol=0)
+    torch.testing.assert_close(answer(model, {"eeg": eeg[:, mirror_index()]}).logits, base, atol=1e-5, rtol=0)
+    assert (answer(plain, {"eeg": 5 * eeg}).logits - answer(plain, {"eeg": eeg}).logits).abs().max() > 1e-3
+    x, both = torch.randn(2, 18, 2500), torch.ones(2, 18, 125)
+    x[1, 3:8] = 0
+    x[1, :, :500], both[1, :, :25] = 0, 0
+    alive = np.delete(x[1, :, 500:].numpy(), slice(3, 8), 0)
+    assert abs(float(window_scale(x, both)[0]) - np.sort(x[0].square().mean(-1).sqrt())[9]) < 1e-6
+    assert abs(float(window_scale(x, both)[1]) - np.sort(np.sqrt((alive**2).mean(-1)))[6]) < 1e-6
+    assert (window_scale(torch.zeros(1, 18, 2500), torch.zeros(1, 18, 125)) == 1).all()
+    for value in (1e6, -1e30, 1e-20):
+        assert answer(model, {"eeg": torch.full((1, 19, 10000), value) * torch.linspace(0, 1, 19)[:, None]}).logits.isfinite().all()
+    assert max(measure_parity(model, to_onnx(model), (1, 5)).values()) <= 1e-5
+    with pytest.raises(InputError, match="clip or robust"):
+        create_model("resnet1d_gru", norm="none")
 
 
 def test_resnet_looks_at_the_centre():
