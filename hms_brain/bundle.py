@@ -360,7 +360,7 @@ def export_bundle(
     preprocess = preprocess or (Preprocess.from_dict(used) if used else Preprocess())
     card, weights = make_card(record, metrics, parity), (run.folder / "model.safetensors").read_bytes()
     about = {"format": FORMAT, "name": name or f"{record['recipe']['model']}-{metrics['weights_sha256'][:8]}", "classes": list(CLASSES), "models": card["models"], "inputs": list(inputs),
-             "model_settings": without_weights(record["model_settings"]), "prior": record["prior"], "temperature": temperature, "simulated": card["simulated"], "created": now(), "version": versions().get("hms_brain", "")}
+             "model_settings": without_weights(record["model_settings"]), "prior": record["prior"], "temperature": temperature, "simulated": card["simulated"], "created": record.get("ended") or now(), "version": versions().get("hms_brain", "")}
     check_about(about, "bundle.json")
     text = lambda value: (json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
     place_bundle({"bundle.json": text(about), "card.json": text(card), "card.md": card_text(card, about["name"]).encode(), "model.onnx": onnx,

@@ -227,21 +227,23 @@ def run_pipeline(
         _execute(find_pipeline(command), folder, values, quiet)
     return folder
 
-# %% ../nbs/08_runs.ipynb #4b3c4eac
+# %% ../nbs/08_runs.ipynb #fadd2a90
 def _execute(notebook: Path, folder: Path, values: dict, quiet: bool):
     "Run one notebook through papermill; translate how it failed."
     import logging
     import papermill
     from nbclient.exceptions import DeadKernelError
+    from traitlets.config import Config
+    transport = Config({"KernelManager": {"transport": "ipc"}} if os.name == "posix" else {})  # no port is opened
     if not quiet:
         logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
         logging.getLogger("papermill").setLevel(logging.INFO)
-        logging.getLogger("papermill").addFilter(lambda record: not record.getMessage().startswith(("Executing", "Ending", "Input Notebook", "Output Notebook")))
+        logging.getLogger("papermill").addFilter(lambda record: not record.getMessage().startswith(("Executing", "Ending", "Input Notebook", "Output Notebook", "Working directory")))
         logging.getLogger("papermill.translators").setLevel(logging.ERROR)
     copy = folder / notebook.name
     try:
         papermill.execute_notebook(str(notebook), str(copy), parameters=values, kernel_name="python3", cwd=str(find_root()),
-                                   progress_bar=False, log_output=not quiet, request_save_on_cell_execute=True)
+                                   progress_bar=False, log_output=not quiet, config=transport)
     except papermill.PapermillExecutionError as e:
         if e.ename == "InputError": raise InputError(e.evalue) from None
         raise RunFailed(f"cell {e.exec_count} failed: {e.ename}: {e.evalue} (see {copy})") from None

@@ -274,7 +274,7 @@ def start(
         return
     if checkpoint := newest_checkpoint(folder): restore(training, checkpoint)
 
-# %% ../nbs/41_train.ipynb #46ed4cd4
+# %% ../nbs/41_train.ipynb #c13fb6bb
 def train(
     cache,  # WindowCache: `batch(rows)`, `index` with patient_id and fold, `manifest`
     recipe: Recipe = Recipe(),  # what to compute
@@ -291,7 +291,7 @@ def train(
     folder, settings = Path(folder) if folder else new_run_dir("train"), dict(model_settings or {})
     split = recipe.split(cache)
     threads, data = threads or get_settings().system.threads, describe_data(cache, split)
-    facts = {"kind": "train", "recipe": asdict(recipe), "model_settings": settings, "seed": recipe.seed, "threads": threads, "command": command} | data
+    facts = {"kind": "train", "recipe": asdict(recipe), "model_settings": settings, "seed": recipe.seed, "threads": threads} | data | ({"command": command} if command else {})
     with pinned(threads, recipe.seed):
         training = Training(recipe, settings, data["rows_sha256"])
         start(training, folder, resume)

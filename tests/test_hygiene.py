@@ -82,6 +82,7 @@ def test_notebook_is_clean_text(path):
     assert kinds <= {"text/plain", "text/markdown", "text/latex"}
     for c in cells(path, "code"):
         assert "import *" not in source(c)
+        assert "expect_fail(lambda" not in source(c), "expect_fail is a context manager: this checks nothing"
         assert not any(o["output_type"] == "error" for o in c["outputs"])
 
 
