@@ -88,6 +88,22 @@ def test_resumed_weights_are_those_of_the_uninterrupted_run(run, tmp_path, epoch
     assert resumed.history.drop(columns="seconds").equals(run.history.drop(columns="seconds"))
 
 
+def test_frozen_parts_are_resumed_too(tmp_path):
+    settings = {"eeg_settings": SMALL, "image_settings": {"widths": [4, 4, 8], "width": 16}, "frozen": True}
+    recipe = Recipe(model="fusion", epochs=2, batch_size=12)
+
+    def go(name, say=None, resume=False):
+        return train(SineCache(24), recipe, folder=tmp_path / name, model_settings=settings, threads=1, say=say, resume=resume)
+
+    with pytest.raises(Stop):
+        go("cut", stop_after(1))
+    whole, cut = go("whole"), go("cut", resume=True)
+    assert weights(cut) == weights(whole)
+    torch.manual_seed(recipe.seed)
+    fresh, trained = create_model("fusion", **settings).state_dict(), whole.model().state_dict()
+    assert {k.split(".")[0] for k in fresh if not torch.equal(fresh[k], trained[k])} == {"project", "queries", "joint", "head", "bias"}
+
+
 @pytest.mark.fault
 def test_killed_again_and_again(run, tmp_path):
     "SIGKILL at random moments; each start resumes. The weights are those of the run that nobody killed."
