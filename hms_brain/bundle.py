@@ -10,7 +10,7 @@ __all__ = ['FORMAT', 'MANIFEST', 'FILES', 'MEND', 'BATCH', 'SHAPES', 'PARITY', '
            'check_about', 'default_bundle', 'to_onnx', 'gate_windows', 'measure_parity', 'make_card', 'card_text',
            'place_bundle', 'export_bundle']
 
-# %% ../nbs/70_bundle.ipynb #c70b828b
+# %% ../nbs/70_bundle.ipynb #46d7359e
 import hashlib
 import json
 import os
@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .core import CLASSES, NOTICE, InputError, find_root, get_settings, rng_for
+from .models.core import without_weights
 from .preprocess import Preprocess
 from .runs import now, versions
 if TYPE_CHECKING: from hms_brain.train import Run
@@ -257,7 +258,7 @@ def to_onnx(
                           dynamic_axes={name: {0: "batch"} for name in (*model.inputs, *names)})
         return path.read_bytes()
 
-# %% ../nbs/70_bundle.ipynb #bfd3100f
+# %% ../nbs/70_bundle.ipynb #75f77bea
 PARITY = 1e-5
 
 def gate_windows(
@@ -271,7 +272,9 @@ def gate_windows(
     for i in range(0, n, 4): eeg[i, :, :int(rng.integers(8000))] = 0
     for i in range(1, n, 4): eeg[i, rng.permutation(19)[:3]] = 0
     eeg[n // 2] = 0
-    every = {"eeg": eeg.astype(np.float32), "image": rng.random((n, 3, 224, 224), dtype=np.float32)}
+    image = rng.random((n, 3, 224, 224), dtype=np.float32)
+    image[2::4], image[3::4, 0], image[n // 2] = -1, -1, -1
+    every = {"eeg": eeg.astype(np.float32), "image": image}
     return {name: every[name] for name in inputs}
 
 # %% ../nbs/70_bundle.ipynb #663203df
@@ -336,7 +339,7 @@ def place_bundle(
         if old.exists() and not out.exists(): os.rename(old, out)
         for rest in (new, old): shutil.rmtree(rest, ignore_errors=True)
 
-# %% ../nbs/70_bundle.ipynb #4b76c876
+# %% ../nbs/70_bundle.ipynb #8d93d18a
 def export_bundle(
     run: "Run | str | os.PathLike",  # a finished training
     out: str | os.PathLike,  # the bundle's folder
@@ -357,7 +360,7 @@ def export_bundle(
     preprocess = preprocess or (Preprocess.from_dict(used) if used else Preprocess())
     card, weights = make_card(record, metrics, parity), (run.folder / "model.safetensors").read_bytes()
     about = {"format": FORMAT, "name": name or f"{record['recipe']['model']}-{metrics['weights_sha256'][:8]}", "classes": list(CLASSES), "models": card["models"], "inputs": list(inputs),
-             "model_settings": record["model_settings"], "prior": record["prior"], "temperature": temperature, "simulated": card["simulated"], "created": record.get("ended") or now(), "version": versions().get("hms_brain", "")}
+             "model_settings": without_weights(record["model_settings"]), "prior": record["prior"], "temperature": temperature, "simulated": card["simulated"], "created": record.get("ended") or now(), "version": versions().get("hms_brain", "")}
     check_about(about, "bundle.json")
     text = lambda value: (json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
     place_bundle({"bundle.json": text(about), "card.json": text(card), "card.md": card_text(card, about["name"]).encode(), "model.onnx": onnx,

@@ -8,7 +8,7 @@ Docs: https://hms-brain.github.io/hms_brain/train.html.md"""
 __all__ = ['Recipe', 'Training', 'state_tensors', 'restore', 'save_checkpoint', 'newest_checkpoint', 'predict_rows', 'validate',
            'run_epoch', 'Run', 'write_results', 'start', 'train', 'run_all']
 
-# %% ../nbs/41_train.ipynb #364e3cf1
+# %% ../nbs/41_train.ipynb #491cbbfd
 import json
 import math
 import os
@@ -27,11 +27,11 @@ from .batches import Split, Windows, chunks, describe_data, split_rows, votes_of
 from .catalog import soft_votes
 from .core import CLASSES, VOTE_COLUMNS, InputError, atomic_path, get_settings, read_json, rng_for, sha256_file, write_json
 from .metrics import kl_divergence, kl_rows, stratum_scores
-from .models.core import create_model, n_params
+from .models.core import create_model, n_params, without_weights
 from .runs import new_run_dir, read_run, record_run
 from .steps import learning_rate_at, pinned, snapshot, update_average, vote_loss
 
-# %% ../nbs/41_train.ipynb #ea5410e4
+# %% ../nbs/41_train.ipynb #1c80482a
 @dataclass(frozen=True)
 class Recipe:
     "Everything that decides what a training computes, besides the data."
@@ -55,6 +55,7 @@ class Recipe:
     drop: float = 0.25
     gain: float = 0.1
     shift: float = 1.0
+    mask: float = 0.25
 
     def __post_init__(self):
         for name in ("epochs", "batch_size", "learning_rate", "clip_norm", "vote_cap"):
@@ -67,7 +68,7 @@ class Recipe:
 
     def windows(self, cache, split: Split, epoch: int) -> Windows:
         "The training windows of an epoch."
-        augmentation = {k: getattr(self, k) for k in ("mirror", "reverse", "drop", "gain", "shift")}
+        augmentation = {k: getattr(self, k) for k in ("mirror", "reverse", "drop", "gain", "shift", "mask")}
         return Windows(cache, split, self.seed, epoch, augmentation, self.smoothing, self.vote_cap)
 
     def rate(self, step: int, steps: int) -> float:
@@ -205,7 +206,7 @@ def run_epoch(
         losses.append(float(loss.detach()))
     return float(np.mean(losses))
 
-# %% ../nbs/41_train.ipynb #de194873
+# %% ../nbs/41_train.ipynb #7d14cabe
 @dataclass(frozen=True)
 class Run:
     "A folder with everything one training produced."
@@ -237,7 +238,7 @@ class Run:
         "The network with the best weights. Raises `InputError` when they are absent or changed."
         path = self._file("model.safetensors")
         if sha256_file(path) != self.metrics["weights_sha256"]: raise InputError("was changed after the training", str(path), "train again or restore it")
-        model = create_model(self.info["recipe"]["model"], **self.info["model_settings"])
+        model = create_model(self.info["recipe"]["model"], **without_weights(self.info["model_settings"]))
         model.load_state_dict(load_file(path))
         return model.eval()
 

@@ -202,6 +202,37 @@ print(p.shape, abs(p.sum(1) - 1).max() < 1e-12, "hms_brain.train" in sys.modules
     assert said.split("\n")[0] == "(2, 6) True False"
 
 
+@pytest.fixture(scope="module")
+def fused(tmp_path_factory):
+    settings = {"eeg_settings": SMALL, "frozen": True, "weights": {}}
+    folder = tmp_path_factory.mktemp("fused")
+    run = train(SineCache(24), Recipe(model="fusion", epochs=1, batch_size=6), folder=folder / "r", model_settings=settings, threads=1, say=None)
+    return export_bundle(run, folder / "b")
+
+
+def test_two_inputs(fused):
+    assert fused.inputs == ("eeg", "image") and fused.models == ("fusion",) and fused.about["model_settings"] == {"eeg_settings": SMALL, "frozen": True}
+    windows = gate_windows(fused.inputs, 9)
+    p = fused.predict_proba(**windows, threads=1)
+    np.testing.assert_allclose(p[4:5], fused.predict_proba(**{k: v[4:5] for k, v in windows.items()}, threads=1), atol=1e-6)
+    assert set(fused.outputs(**windows)) == {"logits", "features", "attention"}
+    with pytest.raises(InputError, match="is needed"):
+        fused.predict_proba(windows["eeg"])
+    with pytest.raises(InputError, match="same number"):
+        fused.predict_proba(windows["eeg"], windows["image"][:2])
+
+
+def test_two_inputs_predict_without_torch(fused):
+    script = f"""
+import sys
+from hms_brain.predict import Predictor
+from hms_brain.simulate import simulate_recording
+p = Predictor({str(fused.folder)!r}, threads=1)(simulate_recording(0))
+print(round(sum(p.probabilities.values()), 6), p.abstained, "torch" in sys.modules)"""
+    said = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout
+    assert said == "1.0 False False\n"
+
+
 def test_export_replaces_a_bundle_and_nothing_else(run, bundle, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("do not lose")

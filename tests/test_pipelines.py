@@ -62,6 +62,10 @@ def test_a_typo_runs_nothing(home, cache):
     assert sorted((home / "outputs").rglob("run.json")) == before
 
 
+def test_settings_are_json(home, cache):
+    assert "not a JSON object" in one_line_after_log(hms("train", "-p", f"cache={cache}", "-p", "settings=width=3", "-p", "out=outputs/runs/settings", cwd=home))
+
+
 def test_unusable_data_is_exit_2(home):
     assert "nowhere" in one_line_after_log(hms("train", "-p", "cache=nowhere", "-p", "out=outputs/runs/nowhere", cwd=home))
     assert read_run(home / "outputs/runs/nowhere")["status"] == "failed"

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 from scipy.special import rel_entr
 
-from hms_brain.augment import augment_window, mirror_window, shift_window
+from hms_brain.augment import augment_window, mask_image, mirror_window, shift_window
 from hms_brain.batches import SineCache, Windows, split_rows
 from hms_brain.core import CLASSES, VOTE_COLUMNS, InputError, read_json, rng_for, sha256_file
 from hms_brain.models.core import create_model
@@ -86,6 +86,22 @@ def test_resumed_weights_are_those_of_the_uninterrupted_run(run, tmp_path, epoch
     resumed = fit(tmp_path / "cut", epochs=3, resume=True)
     assert resumed.status == "ok" and weights(resumed) == weights(run)
     assert resumed.history.drop(columns="seconds").equals(run.history.drop(columns="seconds"))
+
+
+def test_frozen_parts_are_resumed_too(tmp_path):
+    settings = {"eeg_settings": SMALL, "image_settings": {"widths": [4, 4, 8], "width": 16}, "frozen": True}
+    recipe = Recipe(model="fusion", epochs=2, batch_size=12)
+
+    def go(name, say=None, resume=False):
+        return train(SineCache(24), recipe, folder=tmp_path / name, model_settings=settings, threads=1, say=say, resume=resume)
+
+    with pytest.raises(Stop):
+        go("cut", stop_after(1))
+    whole, cut = go("whole"), go("cut", resume=True)
+    assert weights(cut) == weights(whole)
+    torch.manual_seed(recipe.seed)
+    fresh, trained = create_model("fusion", **settings).state_dict(), whole.model().state_dict()
+    assert {k.split(".")[0] for k in fresh if not torch.equal(fresh[k], trained[k])} == {"project", "queries", "joint", "head", "bias"}
 
 
 @pytest.mark.fault
@@ -195,7 +211,7 @@ def test_nan_stops_the_training(tmp_path):
 
 
 def test_patience_stops(tmp_path):
-    run = fit(tmp_path / "r", epochs=6, learning_rate=1e-9, patience=2, ema=0.0, mirror=0, reverse=0, drop=0, gain=0, shift=0)
+    run = fit(tmp_path / "r", epochs=6, learning_rate=1e-9, patience=2, ema=0.0, mirror=0, reverse=0, drop=0, gain=0, shift=0, mask=0)
     assert len(run.history) < 6 and run.metrics["best_epoch"] == len(run.history) - 2
 
 
@@ -245,7 +261,22 @@ def test_augmentation_keeps_shapes_and_inputs(seed):
     new, picture = augment_window(eeg, image, rng_for(seed), shift=60.0 if seed % 3 == 0 else 1.0)
     assert new.shape == eeg.shape and picture.shape == image.shape and new.dtype == picture.dtype == np.float32
     assert np.isfinite(new).all() and np.array_equal(eeg, before[0]) and np.array_equal(image, before[1])
-    assert sorted(np.unique(picture)[:5]) == sorted(np.unique(image)[:5])
+    assert np.isin(picture[picture >= 0], image).all() and set(np.unique(picture[picture < 0])) <= {-1.0}
+
+
+def test_holes_in_the_image():
+    image = rng_for(0, "image").random((3, 224, 224), dtype=np.float32)
+    before, shares = image.copy(), []
+    for seed in range(40):
+        holes = mask_image(image, rng_for(seed), 1.0) < 0
+        regions = holes.reshape(3, 4, 56, 224)
+        assert (regions == regions[:, :1]).all()  # the same for all four regions, so sides stay comparable
+        assert (mask_image(image, rng_for(seed), 1.0)[~holes] == image[~holes]).all()
+        assert holes[0, :, 0].all() and holes[0, :, -1].all()
+        shares.append(holes.mean((1, 2)))
+    assert (np.max(shares, 0)[1:] < 0.4).all() and 0.5 < np.mean(shares, 0)[0] < 0.95
+    assert np.array_equal(mask_image(image, rng_for(0), 0.0), image) and np.array_equal(image, before)
+    assert 0.15 < np.mean([(mask_image(image, rng_for(s), 0.25)[1] < 0).any() for s in range(200)]) < 0.3
 
 
 def test_mirroring_the_image_swaps_the_regions():
