@@ -50,7 +50,7 @@ default-bundle: $(VENV)/.ready  ## make the packaged bundle and sample anew: sim
 	rm -rf data/prepared/default outputs/runs/default
 	$(HMS) simulate data/simulated/default --patients 300 --seed 0
 	$(HMS) prepare -p data=data/simulated/default -p cache=data/prepared/default -p out=outputs/runs/default-prepare
-	$(HMS) train -p cache=data/prepared/default -p epochs=12 -p out=outputs/runs/default
+	$(HMS) train -p cache=data/prepared/default -p epochs=10 -p out=outputs/runs/default
 	$(HMS) export outputs/runs/default -p bundle=hms_brain/assets/bundle
 	$(VENV)/bin/python -c 'from hms_brain.exports import write_sample; write_sample("hms_brain/assets/sample.edf")'
 

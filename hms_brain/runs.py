@@ -187,11 +187,11 @@ def run_folder(
     if values.get("run"): return Path(values["run"]).resolve() / command
     return new_run_dir(command).resolve()
 
-# %% ../nbs/08_runs.ipynb #4d68335a
+# %% ../nbs/08_runs.ipynb #23e5a113
 def shown(command: str, values: dict) -> str:
     "A pipeline's call as it would be typed, without the folder of its outputs: paths are nobody's business."
     import shlex
-    kept = {k: Path(v).name if os.sep in str(v) else v for k, v in values.items() if k not in ("out", "run")}
+    kept = {k: Path(v).name if os.sep in str(v) and not str(v).startswith("{") else v for k, v in values.items() if k not in ("out", "run")}
     return " ".join(["hms", command, *(f"-p {k}={shlex.quote(str(v))}" for k, v in kept.items())])
 
 class RunFailed(RuntimeError):
