@@ -7,14 +7,13 @@ Docs: https://hms-brain.github.io/hms_brain/core.html.md"""
 # %% auto #0
 __all__ = ['CLASSES', 'CLASS_LABELS', 'VOTE_COLUMNS', 'CHANNELS', 'EKG', 'HMS_COLUMNS', 'REGIONS', 'FS', 'WINDOW_S', 'CONTEXT_S',
            'CENTRE_S', 'NOTICE', 'DEFAULTS', 'mirror_index', 'InputError', 'find_root', 'read_ini', 'did_you_mean',
-           'get_settings', 'setting_path', 'rng_for', 'seed_everything', 'atomic_path', 'to_jsonable', 'write_json',
-           'read_json', 'sha256_file', 'Registry', 'parallel_map']
+           'get_settings', 'setting_path', 'rng_for', 'atomic_path', 'to_jsonable', 'write_json', 'read_json',
+           'sha256_file', 'Registry', 'parallel_map']
 
-# %% ../nbs/00_core.ipynb #6dcbfe50
+# %% ../nbs/00_core.ipynb #82574faf
 import hashlib
 import json
 import os
-import random
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -71,13 +70,13 @@ def find_root(
     start = Path(start or Path.cwd()).resolve()
     return next((p for p in (start, *start.parents) if (p / "settings.ini").is_file()), start)
 
-# %% ../nbs/00_core.ipynb #4b5dea1e
+# %% ../nbs/00_core.ipynb #e11e6465
 DEFAULTS: dict[str, dict[str, str | int | float]] = {
     "paths": {"data": "data", "raw": "data/raw", "prepared": "data/prepared", "simulated": "data/simulated",
               "runs": "outputs/runs", "bundles": "outputs/bundles", "reports": "outputs/reports"},
-    "dataset": {"competition": "hms-harmful-brain-activity-classification", "folds": 5, "fold_seed": 0},
+    "dataset": {"competition": "hms-harmful-brain-activity-classification", "folds": 5},
     "models": {"default": "resnet1d_gru", "bundle": ""},
-    "training": {"seed": 0, "epochs": 12, "batch_size": 32, "learning_rate": 1e-3},
+    "training": {"epochs": 12, "batch_size": 32, "learning_rate": 1e-3},
     "deployment": {"host": "127.0.0.1", "service_port": 8000, "dash_port": 8050, "lab_port": 8888, "mlflow_port": 5000},
     "monitoring": {"prometheus_port": 9090, "grafana_port": 3001},
     "system": {"workers": 2, "threads": 2, "decode_memory_gib": 2, "decode_seconds": 60},
@@ -149,18 +148,7 @@ def rng_for(
     digest = hashlib.sha256(repr((int(seed), words)).encode()).digest()
     return np.random.default_rng(np.frombuffer(digest, dtype=np.uint32))
 
-# %% ../nbs/00_core.ipynb #d6ee1c58
-def seed_everything(
-    seed: int,  # the run's seed
-):
-    "Seed Python, numpy and, where it is already imported, torch."
-    import sys
-    import numpy as np
-    random.seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002
-    if "torch" in sys.modules: sys.modules["torch"].manual_seed(seed)
-
-# %% ../nbs/00_core.ipynb #be82616c
+# %% ../nbs/00_core.ipynb #00375c52
 @contextmanager
 def atomic_path(
     path: str | os.PathLike,  # the file to write
@@ -180,7 +168,7 @@ def atomic_path(
         raise InputError(f"cannot write it ({e.strerror or e})", str(path), "check the free space and the folder's permissions") from e
     finally: tmp.unlink(missing_ok=True)
 
-# %% ../nbs/00_core.ipynb #b5a8be58
+# %% ../nbs/00_core.ipynb #1f06960e
 def to_jsonable(value):
     "Numpy scalars and arrays, paths and tuples as plain JSON types."
     if isinstance(value, dict): return {str(k): to_jsonable(v) for k, v in value.items()}
@@ -205,14 +193,14 @@ def read_json(
     except FileNotFoundError: raise InputError("is not there", str(path), "check the path") from None
     except (ValueError, UnicodeDecodeError) as e: raise InputError(f"is not JSON ({e})", str(path), "write it again") from None
 
-# %% ../nbs/00_core.ipynb #f26ea7bb
+# %% ../nbs/00_core.ipynb #442675a5
 def sha256_file(
     path: str | os.PathLike,  # any file
 ) -> str:  # 64 hexadecimal digits
     "The sha256 of a file's bytes."
     with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
 
-# %% ../nbs/00_core.ipynb #1e9b2735
+# %% ../nbs/00_core.ipynb #6e5af10d
 class Registry(dict):
     "Named things, added by decoration: `@registry.register('name')`."
     def __init__(self, kind: str):  # what the things are, for messages
@@ -232,7 +220,7 @@ class Registry(dict):
         if name not in self: raise InputError(f"unknown {self.kind} {name!r}{did_you_mean(name, self)}", mend=f"known: {', '.join(sorted(self))}")
         return self[name]
 
-# %% ../nbs/00_core.ipynb #4116e2e7
+# %% ../nbs/00_core.ipynb #e01c422e
 def parallel_map(
     function: Callable,  # picklable function of one item
     items: Iterable,  # the work

@@ -7,13 +7,12 @@ Docs: https://hms-brain.github.io/hms_brain/doctor.html.md"""
 # %% auto #0
 __all__ = ['EXTRAS', 'look_for_extra', 'look_for_token', 'look_at_bundle', 'look_at_disk', 'look_for_data', 'examine']
 
-# %% ../nbs/86_doctor.ipynb #4f0a2859
+# %% ../nbs/86_doctor.ipynb #b8a0c1fd
 import os
 import platform
 import shutil
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
-from pathlib import Path
 
 from .core import InputError, find_root, setting_path
 
@@ -30,14 +29,11 @@ def look_for_extra(
     if absent: return {"what": extra, "verdict": "missing", "detail": f"no {', '.join(absent)}; pip install 'hms_brain[{extra}]'"}
     return {"what": extra, "verdict": "ok", "detail": " ".join(f"{p} {version(p)}" for p in EXTRAS[extra])}
 
-# %% ../nbs/86_doctor.ipynb #b081d956
+# %% ../nbs/86_doctor.ipynb #e7b93aaa
 def look_for_token() -> dict:
     "Whether a Kaggle token is where the client looks. Its value is not read."
-    home = Path.home()
-    places = {"KAGGLE_API_TOKEN": bool(os.environ.get("KAGGLE_API_TOKEN")), "~/.kaggle/access_token": (home / ".kaggle/access_token").is_file(),
-              "~/.kaggle/kaggle.json": (home / ".kaggle/kaggle.json").is_file(), "KAGGLE_KEY": bool(os.environ.get("KAGGLE_KEY"))}
-    found = [place for place, there in places.items() if there]
-    if found: return {"what": "Kaggle token", "verdict": "ok", "detail": found[0]}
+    from hms_brain.catalog import kaggle_token_source
+    if source := kaggle_token_source(): return {"what": "Kaggle token", "verdict": "ok", "detail": source}
     return {"what": "Kaggle token", "verdict": "missing", "detail": "only for download: set KAGGLE_API_TOKEN or write ~/.kaggle/access_token"}
 
 def look_at_bundle() -> dict:

@@ -109,15 +109,16 @@ def plot_regions(
     figure.update_layout(height=720, margin=dict(l=70, r=20, t=40, b=45), title=dict(text="regional spectrograms, 4-s windows", font=dict(size=14)))
     return figure
 
-# %% ../nbs/52_plots.ipynb #d43a0196
+# %% ../nbs/52_plots.ipynb #e49dbc84
 def plot_probabilities(
     probabilities: dict[str, float],  # class -> probability
+    colors: dict[str, str] = CLASS_COLORS,  # or CLASS_COLORS_SAFE
 ) -> "Figure":  # horizontal bars
     "The six expert votes that a model expects, as bars with their numbers."
     import plotly.graph_objects as go
     names = list(reversed(CLASSES))
     values = [probabilities[c] for c in names]
-    figure = go.Figure(go.Bar(x=values, y=[CLASS_LABELS[c] for c in names], orientation="h", marker_color=[CLASS_COLORS[c] for c in names],
+    figure = go.Figure(go.Bar(x=values, y=[CLASS_LABELS[c] for c in names], orientation="h", marker_color=[colors[c] for c in names],
                               text=[f"{v:.2f}" for v in values], textposition="outside", cliponaxis=False, hoverinfo="skip"))
     figure.update_xaxes(range=[0, 1], title="share of expert votes", gridcolor="#e0e0e0")
     figure.update_layout(height=280, plot_bgcolor="white", margin=dict(l=80, r=40, t=20, b=45), showlegend=False)

@@ -114,3 +114,10 @@ def test_version_and_help():
     assert hms("--version").stdout.startswith("hms_brain 0.")
     assert "epochs" in hms("train", "--help").stdout
     assert hms("predict").returncode == 2
+
+
+def test_every_pipeline_is_a_command():
+    from hms_brain.cli import PIPELINES
+    from hms_brain.runs import list_pipelines
+
+    assert list(PIPELINES) == list(list_pipelines())

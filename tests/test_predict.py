@@ -130,3 +130,12 @@ def test_the_rate_does_not_change_the_class(predictor):
             other = from_arrays(resample_poly(at_200, ratio.numerator, ratio.denominator, axis=1), fs, list(HMS_COLUMNS))
             same.append(predictor(other).predicted == want.predicted)
     assert np.mean(same) >= 0.98
+
+
+def test_the_packaged_sample_is_what_the_code_simulates():
+    "Nothing but the simulator made it: every channel within one step of its 16 bits."
+    from hms_brain.cli import sample_path
+
+    made, read = simulate_recording(seed=1, patient=1, pattern="lpd"), read_recording(sample_path())
+    step = 2 * np.ceil(np.nanmax(np.abs(made.signal), axis=1)) / 65535 + 1e-3
+    assert (np.abs(read.signal - np.nan_to_num(made.signal)).max(axis=1) <= step).all()
