@@ -70,11 +70,11 @@ def find_root(
     start = Path(start or Path.cwd()).resolve()
     return next((p for p in (start, *start.parents) if (p / "settings.ini").is_file()), start)
 
-# %% ../nbs/00_core.ipynb #e11e6465
+# %% ../nbs/00_core.ipynb #9086d0a8
 DEFAULTS: dict[str, dict[str, str | int | float]] = {
     "paths": {"data": "data", "raw": "data/raw", "prepared": "data/prepared", "simulated": "data/simulated",
               "runs": "outputs/runs", "bundles": "outputs/bundles", "reports": "outputs/reports"},
-    "dataset": {"competition": "hms-harmful-brain-activity-classification", "folds": 5},
+    "dataset": {"competition": "hms-harmful-brain-activity-classification", "folds": 5, "fold_seed": 0},
     "models": {"default": "resnet1d_gru", "bundle": ""},
     "training": {"epochs": 12, "batch_size": 32, "learning_rate": 1e-3},
     "deployment": {"host": "127.0.0.1", "service_port": 8000, "dash_port": 8050, "lab_port": 8888, "mlflow_port": 5000},
