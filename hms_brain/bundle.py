@@ -7,15 +7,16 @@ Docs: https://hms-brain.github.io/hms_brain/bundle.html.md"""
 # %% auto #0
 __all__ = ['FORMAT', 'MANIFEST', 'FILES', 'MEND', 'BATCH', 'SHAPES', 'PARITY', 'seal_files', 'read_bundle_files',
            'compare_manifest', 'check_onnx', 'Bundle', 'check_inputs', 'softmax', 'open_session', 'parse',
-           'check_about', 'default_bundle', 'to_onnx', 'gate_windows', 'measure_parity', 'make_card', 'card_text',
-           'place_bundle', 'export_bundle']
+           'check_about', 'default_bundle', 'to_onnx', 'gate_windows', 'measure_parity', 'describe_parts', 'make_card',
+           'card_text', 'place_bundle', 'export_bundle']
 
-# %% ../nbs/70_bundle.ipynb #46d7359e
+# %% ../nbs/70_bundle.ipynb #ad02b8b0
 import hashlib
 import json
 import os
 import shutil
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -293,31 +294,47 @@ def measure_parity(
         found[str(n)] = float(np.abs(softmax(session.run(["logits"], feed)[0]) - ours).max())
     return found
 
-# %% ../nbs/70_bundle.ipynb #fc7ffd9a
+# %% ../nbs/70_bundle.ipynb #435e53d2
+def describe_parts(
+    settings: dict,  # the model's keywords
+) -> list[dict]:  # model, command, recipe, weights_sha256, val_kl, seconds; empty for a model that is trained at once
+    "The trainings that a model's parts come from. Raises `InputError` where one of them is gone."
+    from hms_brain.train import Run
+    runs = [Run.load(folder) for folder in (settings.get("weights") or {}).values() if Path(folder).is_dir()]
+    return [{"model": r.recipe.model, "command": r.info.get("command", ""), "recipe": r.info["recipe"], "seconds": r.info.get("seconds"),
+             "weights_sha256": r.metrics["weights_sha256"], "val_kl": r.metrics["val_kl"]} for r in runs]
+
+# %% ../nbs/70_bundle.ipynb #94d9c8f2
 def make_card(
     record: dict,  # run.json
     metrics: dict,  # metrics.json
     parity: dict[str, float],  # of `measure_parity`
+    parts: Sequence[dict] = (),  # of `describe_parts`
+    looks: Sequence[dict] = (),  # at recorded EEG that was not trained on: date, weights, what was seen
 ) -> dict:
     "What is known about a model, as plain data."
     simulated = record["data"].get("simulated")
     origin = {True: "Trained on simulated EEG, research use only.", False: "Trained on recorded EEG, research use only."}.get(simulated, "The origin of the training data is not recorded; research use only.")
     data = {k: v for k, v in record["data"].items() if isinstance(v, str | int | float | bool)}
-    return {"statement": origin, "notice": NOTICE, "simulated": simulated, "models": [record["recipe"]["model"]], "data": data, "metrics": metrics, "recipe": record["recipe"],
+    return {"statement": origin, "notice": NOTICE, "simulated": simulated, "models": [record["recipe"]["model"], *(p["model"] for p in parts)], "parts": list(parts), "looks": list(looks), "data": data, "metrics": metrics, "recipe": record["recipe"],
             "command": record.get("command", ""), "seed": record["seed"], "trained": record.get("started"), "seconds": record.get("seconds"), "versions": record.get("versions", {}), "parity": parity}
 
-# %% ../nbs/70_bundle.ipynb #389166cc
+# %% ../nbs/70_bundle.ipynb #91c03018
 def card_text(card: dict, name: str) -> str:  # Markdown
     "The card for people."
     m, d = card["metrics"], card["data"]
     rows = [("Models", ", ".join(card["models"])), ("Parameters", f"{m['n_params']:,}"), ("Trained on", f"{d['train_windows']} windows of {d['train_patients']} patients"),
             ("Held out", f"{d['valid_windows']} windows of {d['valid_patients']} other patients"), ("KL, held out", f"{m['val_kl']:.4f} (constant prior {m['prior_kl']:.4f})"),
-            ("Accuracy, held out", f"{m['accuracy']:.3f}"), ("Best epoch", f"{m['best_epoch']} of {m['epochs']}"), ("Seed", card["seed"]), ("Trained", card["trained"]), ("Command", f"`{card['command']}`" if card["command"] else "not recorded"),
+            ("Accuracy, held out", f"{m['accuracy']:.3f}"), ("Best epoch", f"{m['best_epoch']} of {m['epochs']}"), ("Seed", card["seed"]), ("Trained", f"{card['trained']}, in {card['seconds']} s"), ("Command", f"`{card['command']}`" if card["command"] else "not recorded"),
             ("ONNX against torch", "largest difference of a probability " + ", ".join(f"{v:.1e} (batch {k})" for k, v in card["parity"].items()))]
+    if d.get("made_by"): rows.insert(2, ("Training data", f"`{d['made_by']}`"))
+    rows += [("Part", f"{p['model']}, KL held out {p['val_kl']:.4f}, {p['seconds']} s, `{p['command']}`") for p in card["parts"]]
+    if card["simulated"]: rows.append(("Looks at recorded EEG", f"{len(card['looks'])}; listed in card.json"))
+    if balance := card["recipe"].get("balance"): rows.append(("Classes", f"balanced ({balance:g}): the answers and the KL are those of a world where the six are about equally common"))
     table = "\n".join(f"| {k} | {v} |" for k, v in rows)
     return f"# {name}\n\n**{card['statement']}** {card['notice']}\n\nSix expert votes ({', '.join(CLASSES)}) for the central 10 s of a 50-s window of EEG. The figures are from patients who were not trained on.\n\n| | |\n|---|---|\n{table}\n"
 
-# %% ../nbs/70_bundle.ipynb #cc9c67b0
+# %% ../nbs/70_bundle.ipynb #6e642292
 def place_bundle(
     files: dict[str, bytes],  # name -> content, without the manifest
     out: Path,  # the folder
@@ -339,13 +356,14 @@ def place_bundle(
         if old.exists() and not out.exists(): os.rename(old, out)
         for rest in (new, old): shutil.rmtree(rest, ignore_errors=True)
 
-# %% ../nbs/70_bundle.ipynb #8d93d18a
+# %% ../nbs/70_bundle.ipynb #1f601eb3
 def export_bundle(
     run: "Run | str | os.PathLike",  # a finished training
     out: str | os.PathLike,  # the bundle's folder
     name: str | None = None,  # default: the model and the first letters of its weights' hash
     temperature: float = 1.0,  # divides the logits; fitted on held-out patients
     preprocess: Preprocess | None = None,  # default: what the run's cache was prepared with, else the present default
+    looks: Sequence[dict] = (),  # at recorded EEG that was not trained on, for the card
 ) -> Bundle:
     "Make a bundle of a run's best weights. Raises `InputError` for an unfinished run, or when ONNX and torch differ by more than `PARITY`."
     from hms_brain.train import Run
@@ -358,7 +376,7 @@ def export_bundle(
     if not max(parity.values()) <= PARITY: raise InputError(f"ONNX and torch differ by {max(parity.values()):.1e}", str(run.folder), f"at most {PARITY:.0e} is allowed; nothing was written")
     used = record["data"].get("preprocess")
     preprocess = preprocess or (Preprocess.from_dict(used) if used else Preprocess())
-    card, weights = make_card(record, metrics, parity), (run.folder / "model.safetensors").read_bytes()
+    card, weights = make_card(record, metrics, parity, describe_parts(record["model_settings"]), looks), (run.folder / "model.safetensors").read_bytes()
     about = {"format": FORMAT, "name": name or f"{record['recipe']['model']}-{metrics['weights_sha256'][:8]}", "classes": list(CLASSES), "models": card["models"], "inputs": list(inputs),
              "model_settings": without_weights(record["model_settings"]), "prior": record["prior"], "temperature": temperature, "simulated": card["simulated"], "created": record.get("ended") or now(), "version": versions().get("hms_brain", "")}
     check_about(about, "bundle.json")

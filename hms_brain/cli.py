@@ -112,18 +112,20 @@ def demo(
         write_prediction(out / name, prediction, recording)
         print(f"wrote     {out / name}")
 
-# %% ../nbs/90_cli.ipynb #5754733e
+# %% ../nbs/90_cli.ipynb #2cad34b5
 @app.command()
 def simulate(
     directory: Annotated[Path, typer.Argument(help="folder to make")],
     patients: Annotated[int, typer.Option(min=1, help="number of patients")] = 40,
     seed: Annotated[int, typer.Option(help="the same seed gives the same bytes")] = 0,
+    recordings: Annotated[float, typer.Option(help="mean number of recordings per patient")] = 4.0,
+    short: Annotated[float, typer.Option(help="share of recordings that hold one window and little more")] = 0.0,
     workers: Annotated[int | None, typer.Option(min=1, help="processes; default: [system] workers")] = None,
 ):
     "Write a simulated data set in the exact HMS layout."
     from hms_brain.core import get_settings
     from hms_brain.simset import simulate_dataset
-    simulate_dataset(directory, patients=patients, seed=seed, workers=workers or get_settings().system.workers)
+    simulate_dataset(directory, patients=patients, seed=seed, recordings=recordings, short=short, workers=workers or get_settings().system.workers)
     print(directory)
 
 @app.command()

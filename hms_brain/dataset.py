@@ -218,7 +218,7 @@ def finish(
     write_json(folder / "manifest.json", seal({"format": CACHE_FORMAT, **about, "windows": len(windows), "rejected": len(rejected), "without_context": int((windows["context"] != "file").sum()), "classes": CLASSES,
                                                "channels": CHANNELS, "fs": FS, "files": files}))
 
-# %% ../nbs/20_dataset.ipynb #5d514719
+# %% ../nbs/20_dataset.ipynb #6ca70841
 def prepare(
     data: str | os.PathLike,  # folder in the HMS layout: train.csv, train_eegs/, train_spectrograms/
     out: str | os.PathLike,  # folder of the cache
@@ -245,9 +245,9 @@ def prepare(
     notes = [w["context"] for r in records for w in r["windows"]]
     if notes and "file" not in notes and (data / "train_spectrograms").is_dir():
         raise InputError(f"not one spectrogram could be used; the first: {notes[0]}", data / "train_spectrograms", "mend the data set, or remove the folder to do without")
-    source = find_table(data, "train.csv")
+    source, made = find_table(data, "train.csv"), data / "simulated.json"
     finish(out, records, {"preprocess": preprocess.to_dict(), "folds": folds, "fold_seed": fold_seed, "limit": limit, "data": data.name,
-                          "table_sha256": sha256_file(source) if source.is_file() else None, "simulated": (data / "simulated.json").is_file()})
+                          "table_sha256": sha256_file(source) if source.is_file() else None, "simulated": made.is_file(), "made_by": read_json(made).get("command", "") if made.is_file() else ""})
     return WindowCache(out, verify=False)
 
 # %% ../nbs/20_dataset.ipynb #85ec2b5a

@@ -35,15 +35,16 @@ def kl_rows(
     some = np.where(y > 0, y, 1.0)
     return np.where(y > 0, y * np.log(some / p), 0.0).sum(axis=1)
 
-# %% ../nbs/40_metrics.ipynb #ff0aed62
+# %% ../nbs/40_metrics.ipynb #8a4b5038
 def kl_divergence(
     y,  # (n, 6) true distributions; rows sum to 1
     p,  # (n, 6) predicted probabilities
+    weight=None,  # (n,) how much each row counts; None: all the same
 ) -> float:  # nats
     "The competition's metric: mean of `kl_rows`. Raises ValueError for NaN, other shapes or no rows."
     rows = kl_rows(y, p)
     if not len(rows): raise ValueError("there are no rows to score")
-    return float(rows.mean())
+    return float(np.average(rows, weights=weight))
 
 # %% ../nbs/40_metrics.ipynb #5d19f55f
 def expected_kl(

@@ -8,9 +8,9 @@ Docs: https://hms-brain.github.io/hms_brain/simset.html.md"""
 __all__ = ['MIXUP', 'AMBIGUITY', 'CERTAINTY', 'RATER_SD', 'STRATA_PRIOR', 'N_VOTES', 'HOW_CLEAR', 'INTENDED', 'CHOSEN', 'STEADY',
            'LOYAL', 'LEAD_IN', 'PRIMES', 'README', 'LICENCE', 'FORMAT', 'Measured', 'measure', 'evolution', 'logistic',
            'call_probabilities', 'raters', 'cast_votes', 'joint_prior', 'intended_prior', 'n_recordings',
-           'draw_n_votes', 'leading_class', 'draw_clips', 'label_clip', 'Plan', 'draw_plan', 'scatter', 'write_parquet',
-           'write_eeg', 'write_spectrogram', 'simulate_patient', 'simulate_plan', 'simulate_test', 'claim_folder',
-           'write_tables', 'simulate_dataset', 'simulate_example', 'simulation_rate']
+           'draw_n_votes', 'leading_class', 'draw_clips', 'label_clip', 'Plan', 'draw_span', 'draw_plan', 'scatter',
+           'write_parquet', 'write_eeg', 'write_spectrogram', 'simulate_patient', 'simulate_plan', 'simulate_test',
+           'claim_folder', 'write_tables', 'simulate_dataset', 'simulate_example', 'simulation_rate']
 
 # %% ../nbs/14_simset.ipynb #3cb14eb2
 import shutil
@@ -171,16 +171,17 @@ def draw_clips(
         start += span + 2 * int(rng.integers(10, 80))
     return clips
 
-# %% ../nbs/14_simset.ipynb #5e749d4a
+# %% ../nbs/14_simset.ipynb #721cfd33
 def label_clip(
     rng: np.random.Generator,
     sim: Simulated,
     offsets: np.ndarray,  # of a clip's windows in the recording, s
     stratum: str,
     pool: np.ndarray,  # (n_raters, 6)
+    lead_in: float = LEAD_IN,  # s from the recording's start to a window at offset 0
 ) -> list[tuple[np.ndarray, Measured]]:  # votes and truth for each window
     "Votes for a clip's windows: one panel of raters per stationary period."
-    centres = offsets + CONTEXT_S / 2
+    centres = offsets + lead_in + WINDOW_S / 2
     period = np.array([sim.timeline.index(period_at(sim.timeline, c)) for c in centres])
     n_votes, answer = draw_n_votes(rng, stratum), {}
     for k in np.unique(period):
@@ -188,7 +189,7 @@ def label_clip(
         answer[k] = cast_votes(rng, call_probabilities(seen), n_votes, pool, stratum), seen
     return [answer[k] for k in period]
 
-# %% ../nbs/14_simset.ipynb #39a2928e
+# %% ../nbs/14_simset.ipynb #33dd4a7e
 @dataclass(frozen=True)
 class Plan:
     "What a recording will hold and who will label it."
@@ -196,30 +197,41 @@ class Plan:
     stratum: str  # a key of STRATA_PRIOR
     clips: list[np.ndarray]  # per clip: offsets of its windows in the recording, s
     duration: float  # s
+    lead_in: float  # s from the recording's start to a window at offset 0
     timeline: tuple[Period, ...]
+
+def draw_span(
+    rng: np.random.Generator,
+    short: float,  # share of recordings that are little more than one window
+) -> tuple[list[np.ndarray], float]:  # clips: offsets of their windows, s, even; what lies before and after the windows, s
+    "Which windows of a recording are labelled, and how much surrounds them."
+    if not short or rng.random() >= short: return draw_clips(rng), LEAD_IN
+    return [np.zeros(1, int)], float(round(np.exp(rng.uniform(0, np.log(LEAD_IN + 1))) - 1))
 
 def draw_plan(
     rng: np.random.Generator,
     seed: int,  # of the data set
     patient: int,  # index
     r: int,  # which of the patient's recordings
+    short: float = 0.0,  # share of recordings that are little more than one window
 ) -> Plan:
     "Draw class, stratum, clips and timeline of a recording."
     joint = intended_prior()
     lead = leading_class(seed, patient) if r == 0 or rng.random() < LOYAL else int(rng.choice(6, p=joint.sum(0)))
     stratum = list(STRATA_PRIOR)[rng.choice(3, p=joint[:, lead] / joint[:, lead].sum())]
-    clips = draw_clips(rng)
-    duration, at = CONTEXT_S + float(clips[-1][-1]), float(clips[0][[0, -1]].mean()) + CONTEXT_S / 2
+    clips, lead_in = draw_span(rng, short)
+    centre = lead_in + WINDOW_S / 2
+    duration, at = 2 * centre + float(clips[-1][-1]), float(clips[0][[0, -1]].mean()) + centre
     clarity = str(rng.choice(CLARITY, p=HOW_CLEAR[stratum]))
     timeline = simulate_timeline(rng_for(seed, "timeline", patient, r), CLASSES[lead], duration, at, clarity)
     main = period_at(timeline, at).attributes
     for k, offsets in enumerate(clips):
-        lo, hi = offsets[[0, -1]] + CONTEXT_S / 2
+        lo, hi = offsets[[0, -1]] + centre
         here = period_at(timeline, (lo + hi) / 2).attributes
         chosen = k and rng.random() < CHOSEN[stratum]
         if chosen: here = again(rng, main)
         if chosen or rng.random() < STEADY: timeline = plant(timeline, lo - 8, hi + 8, here)
-    return Plan(lead, stratum, clips, duration, timeline)
+    return Plan(lead, stratum, clips, duration, lead_in, timeline)
 
 # %% ../nbs/14_simset.ipynb #1c1e28e3
 PRIMES = {"patient_id": 65519, "eeg_id": 4294967291, "spectrogram_id": 2147483647, "label_id": 4294967279}
@@ -234,7 +246,7 @@ def scatter(
     a, b = (int(v) for v in rng_for(seed, "ids", kind).integers(1, prime, 2))
     return (a * index + b) % prime
 
-# %% ../nbs/14_simset.ipynb #a8ee2c60
+# %% ../nbs/14_simset.ipynb #e11f84b4
 def write_parquet(
     path: Path,
     columns: dict[str, np.ndarray],  # name -> values
@@ -249,18 +261,20 @@ def write_eeg(path: Path, sim: Simulated, start: float, stop: float):
     lo, hi = round(start * FS), round(stop * FS)
     write_parquet(path, {c: sim.recording.signal[i, lo:hi] for i, c in enumerate((*CHANNELS, EKG))})
 
-def write_spectrogram(path: Path, sim: Simulated):
-    "The recording's regional spectrogram as `<spectrogram_id>.parquet`."
+def write_spectrogram(path: Path, sim: Simulated, lead_in: float = LEAD_IN):
+    "The recording's regional spectrogram as `<spectrogram_id>.parquet`; its clock is such that the first window begins at 275 s."
     table = regional_table(sim.recording.eeg)
+    table["time"] += round(LEAD_IN - lead_in)
     write_parquet(path, {c: table[c].to_numpy() for c in table})
 
-# %% ../nbs/14_simset.ipynb #f1d316d8
+# %% ../nbs/14_simset.ipynb #671a5d46
 def simulate_patient(
     patient: int,  # index
     *,
     directory: Path,
     seed: int,
     recordings: float,  # mean number per patient
+    short: float,  # share of recordings that are little more than one window
 ) -> Path:  # the patient's rows
     "Write one patient's EEGs, spectrograms and rows; nothing to do when the rows exist."
     done = directory / ".parts" / f"{patient:06d}.json"
@@ -268,27 +282,26 @@ def simulate_patient(
     rng = rng_for(seed, "plan", patient)
     rows: list[dict] = []
     for r in range(n_recordings(rng, recordings)):
-        rows += simulate_plan(rng, patient, r, directory, seed, len(rows))
+        rows += simulate_plan(draw_plan(rng, seed, patient, r, short), patient, r, directory, seed, len(rows))
     write_json(done, rows)
     return done
 
-# %% ../nbs/14_simset.ipynb #64de9f44
-def simulate_plan(rng: np.random.Generator, patient: int, r: int, directory: Path, seed: int, n_before: int) -> list[dict]:
-    "Draw, simulate, label and write one recording of a patient; its rows of train.csv, with the truth."
-    plan = draw_plan(rng, seed, patient, r)
+# %% ../nbs/14_simset.ipynb #60dca60c
+def simulate_plan(plan: Plan, patient: int, r: int, directory: Path, seed: int, n_before: int) -> list[dict]:
+    "Simulate, label and write one recording of a patient; its rows of train.csv, with the truth."
     sim = simulate(seed, CLASSES[plan.lead], plan.duration, patient=patient, recording=r, timeline=plan.timeline)
     spectrogram = scatter(seed, "spectrogram_id", patient * 64 + r)
     rows: list[dict] = []
     for k, offsets in enumerate(plan.clips):
         eeg = scatter(seed, "eeg_id", patient * 256 + r * 4 + k)
-        write_eeg(directory / "train_eegs" / f"{eeg}.parquet", sim, offsets[0] + LEAD_IN, offsets[-1] + LEAD_IN + WINDOW_S)
-        labels = label_clip(rng_for(seed, "votes", patient, r, k), sim, offsets, plan.stratum, raters(seed))
+        write_eeg(directory / "train_eegs" / f"{eeg}.parquet", sim, offsets[0] + plan.lead_in, offsets[-1] + plan.lead_in + WINDOW_S)
+        labels = label_clip(rng_for(seed, "votes", patient, r, k), sim, offsets, plan.stratum, raters(seed), plan.lead_in)
         for j, (offset, (votes, seen)) in enumerate(zip(offsets, labels)):
             label, sub = scatter(seed, "label_id", patient * 32768 + n_before + len(rows)), len(rows)
             ids = (eeg, j, float(offset - offsets[0]), spectrogram, sub, float(offset), label, scatter(seed, "patient_id", patient))
-            truth = {"intended": period_at(sim.timeline, offset + CONTEXT_S / 2).attributes.pattern} | asdict(seen)
+            truth = {"intended": period_at(sim.timeline, offset + plan.lead_in + WINDOW_S / 2).attributes.pattern} | asdict(seen)
             rows.append(dict(zip(TRAIN_COLUMNS, (*ids, list(CLASS_LABELS.values())[votes.argmax()], *votes))) | truth)
-    write_spectrogram(directory / "train_spectrograms" / f"{spectrogram}.parquet", sim)
+    write_spectrogram(directory / "train_spectrograms" / f"{spectrogram}.parquet", sim, plan.lead_in)
     return to_jsonable(rows)
 
 # %% ../nbs/14_simset.ipynb #83eecf35
@@ -350,13 +363,14 @@ def write_tables(
     for name, table in tables.items():
         with atomic_path(directory / name) as tmp: table.to_csv(tmp, index=False)
 
-# %% ../nbs/14_simset.ipynb #7bd43683
+# %% ../nbs/14_simset.ipynb #98043f4e
 def simulate_dataset(
     directory: str | Path,  # new or empty folder, or one whose simulation was interrupted
     patients: int = 40,  # in train.csv
     seed: int = 0,  # same seed and settings, same bytes
     workers: int = 2,  # processes
     recordings: float = 4.0,  # mean number of ten-minute recordings per patient
+    short: float = 0.0,  # share of recordings that are little more than one window, instead of ten minutes
     n_test: int = 2,  # unlabelled test examples
     progress: bool = True,  # show a bar
 ) -> dict:  # the manifest: counts, seed, version, command
@@ -364,23 +378,24 @@ def simulate_dataset(
     from hms_brain import __version__
     if not 1 <= patients <= 60_000: raise InputError(f"{patients} patients cannot be simulated", "patients", "give 1 to 60000")
     if not 1 <= recordings <= 20: raise InputError(f"a mean of {recordings} recordings per patient", "recordings", "give 1 to 20")
+    if not 0 <= short <= 1: raise InputError(f"{short} is not a share of recordings", "short", "give 0 to 1")
     if not 0 <= n_test <= 5_000: raise InputError(f"{n_test} test examples", "n_test", "give 0 to 5000")
     directory = Path(directory)
-    made = {"seed": int(seed), "patients": int(patients), "recordings": float(recordings), "n_test": int(n_test), "format": FORMAT, "version": __version__}
+    made = {"seed": int(seed), "patients": int(patients), "recordings": float(recordings), "short": float(short), "n_test": int(n_test), "format": FORMAT, "version": __version__}
     if claim_folder(directory, made): return read_json(directory / "simulated.json")
     bar = "simulate patients" if progress else ""
-    parts = list(parallel_map(partial(simulate_patient, directory=directory, seed=seed, recordings=recordings), range(patients), workers, bar))
+    parts = list(parallel_map(partial(simulate_patient, directory=directory, seed=seed, recordings=recordings, short=short), range(patients), workers, bar))
     test = list(parallel_map(partial(simulate_test, directory=directory, seed=seed), range(n_test), workers))
     write_tables(directory, parts, test)
     train = read_train(directory)
     counts = {"rows": len(train), "eegs": train["eeg_id"].nunique(), "spectrograms": train["spectrogram_id"].nunique(), "patients": train["patient_id"].nunique(),
               "consensus": train.drop_duplicates("eeg_id")["expert_consensus"].value_counts().to_dict()}
-    command = f"hms simulate DIR --patients {patients} --seed {seed}" + (f" --recordings {recordings:g}" if recordings != 4 else "")
+    command = f"hms simulate DIR --patients {patients} --seed {seed}" + (f" --recordings {recordings:g}" if recordings != 4 else "") + (f" --short {short:g}" if short else "")
     write_json(directory / "simulated.json", {"simulated": True, "status": "complete", "made": made, "command": command, "counts": counts})
     shutil.rmtree(directory / ".parts")
     return read_json(directory / "simulated.json")
 
-# %% ../nbs/14_simset.ipynb #59df717a
+# %% ../nbs/14_simset.ipynb #673b86fd
 def simulate_example(patient: int, *, seed: int) -> int:  # votes cast
     "One complete ten-minute example, in memory."
     plan = draw_plan(rng_for(seed, "plan", patient), seed, patient, 0)

@@ -8,13 +8,13 @@ Docs: https://hms-brain.github.io/hms_brain/train.html.md"""
 __all__ = ['Recipe', 'Training', 'state_tensors', 'restore', 'save_checkpoint', 'newest_checkpoint', 'predict_rows', 'validate',
            'run_epoch', 'Run', 'write_results', 'start', 'train', 'run_all']
 
-# %% ../nbs/41_train.ipynb #491cbbfd
+# %% ../nbs/41_train.ipynb #d0099841
 import json
 import math
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -25,13 +25,13 @@ from safetensors.torch import load_file, save_file
 
 from .batches import Split, Windows, chunks, describe_data, split_rows, votes_of
 from .catalog import soft_votes
-from .core import CLASSES, VOTE_COLUMNS, InputError, atomic_path, get_settings, read_json, rng_for, sha256_file, write_json
+from .core import CLASSES, VOTE_COLUMNS, InputError, atomic_path, did_you_mean, get_settings, read_json, rng_for, sha256_file, write_json
 from .metrics import kl_divergence, kl_rows, stratum_scores
-from .models.core import create_model, n_params, without_weights
+from .models.core import create_model, n_params, parse_settings, without_weights
 from .runs import new_run_dir, read_run, record_run
 from .steps import learning_rate_at, pinned, snapshot, update_average, vote_loss
 
-# %% ../nbs/41_train.ipynb #1c80482a
+# %% ../nbs/41_train.ipynb #ad1de089
 @dataclass(frozen=True)
 class Recipe:
     "Everything that decides what a training computes, besides the data."
@@ -47,6 +47,7 @@ class Recipe:
     fold: int = 0  # held out, by patient
     seed: int = 0  # initial weights, order, augmentation, dropout
     limit: int = 0  # train on at most so many windows; 0: all
+    balance: float = 0.0  # 0: classes count as they occur; 1: all the same
     smoothing: float = 0.0  # votes added to every class before normalising
     vote_cap: int = 10  # a window weighs as much as its votes, at most this many
     precision: str = "no"  # "no" or "bf16"
@@ -55,6 +56,7 @@ class Recipe:
     drop: float = 0.25
     gain: float = 0.1
     shift: float = 1.0
+    crop: float = 0.25
     mask: float = 0.25
 
     def __post_init__(self):
@@ -62,13 +64,24 @@ class Recipe:
             if not getattr(self, name) > 0: raise InputError(f"{name} is {getattr(self, name)}", mend="give a positive number")
         if self.precision not in ("no", "bf16"): raise InputError(f"precision is {self.precision!r}", mend="choose no or bf16")
 
+    @classmethod
+    def parse(cls,
+        text: str,  # a JSON object with some fields; empty: none
+        **usual,  # the fields that it does not name
+    ) -> "Recipe":
+        "A recipe from text. Raises `InputError` for fields that a recipe does not have."
+        given, known = parse_settings(text), [f.name for f in fields(cls)]
+        for name in given:
+            if name not in known: raise InputError(f"a recipe has no {name!r}{did_you_mean(name, known)}", "recipe", f"known: {', '.join(known)}")
+        return cls(**(usual | given))
+
     def split(self, cache) -> Split:
         "The rows of a cache to train on and to hold out."
-        return split_rows(cache, self.fold, self.limit, self.seed)
+        return split_rows(cache, self.fold, self.limit, self.seed, self.balance)
 
     def windows(self, cache, split: Split, epoch: int) -> Windows:
         "The training windows of an epoch."
-        augmentation = {k: getattr(self, k) for k in ("mirror", "reverse", "drop", "gain", "shift", "mask")}
+        augmentation = {k: getattr(self, k) for k in ("mirror", "reverse", "drop", "gain", "shift", "crop", "mask")}
         return Windows(cache, split, self.seed, epoch, augmentation, self.smoothing, self.vote_cap)
 
     def rate(self, step: int, steps: int) -> float:
@@ -242,7 +255,7 @@ class Run:
         model.load_state_dict(load_file(path))
         return model.eval()
 
-# %% ../nbs/41_train.ipynb #93f56973
+# %% ../nbs/41_train.ipynb #a44609eb
 def write_results(
     folder: Path,  # of the run
     training: Training,  # after the last epoch
@@ -257,8 +270,9 @@ def write_results(
     table = table.assign(**{f"p_{c}": probabilities[:, k] for k, c in enumerate(CLASSES)})
     with atomic_path(folder / "validation.parquet") as tmp: table.to_parquet(tmp, index=False)
     y, right = soft_votes(votes), votes.argmax(1) == probabilities.argmax(1)
+    weight = split.weight[split.valid]
     write_json(folder / "metrics.json", {
-        "val_kl": kl_divergence(y, probabilities), "prior_kl": kl_divergence(y, np.tile(split.prior, (len(y), 1))), "accuracy": float(right.mean()),
+        "val_kl": kl_divergence(y, probabilities, weight), "prior_kl": kl_divergence(y, np.tile(split.prior, (len(y), 1)), weight), "accuracy": float(right.mean()),
         "best_epoch": training.best_epoch(), "epochs": training.epoch, "windows": len(y), "abstained": int(split.abstain[split.valid].sum()),
         "by_votes": stratum_scores(votes, kl_rows(y, probabilities), right), "n_params": n_params(training.model), "weights_sha256": sha256_file(folder / "model.safetensors")})
 
@@ -303,16 +317,16 @@ def train(
             write_results(folder, training, cache, split, probabilities)
     return Run(folder)
 
-# %% ../nbs/41_train.ipynb #d17197b4
+# %% ../nbs/41_train.ipynb #594f235c
 def run_all(training: Training, accelerator, network, cache, split: Split, recipe: Recipe, folder: Path, say):
     "The epochs that are left, a checkpoint and a row of history after each, until the last or until patience ends."
-    y = soft_votes(votes_of(cache, split.valid))
-    prior_kl = kl_divergence(y, np.tile(split.prior, (len(y), 1)))
+    y, weight = soft_votes(votes_of(cache, split.valid)), split.weight[split.valid]
+    prior_kl = kl_divergence(y, np.tile(split.prior, (len(y), 1)), weight)
     steps = recipe.epochs * math.ceil(len(split.train) / recipe.batch_size)
     while training.epoch < recipe.epochs and not (recipe.patience and training.epoch - training.best_epoch() >= recipe.patience):
         began = time.perf_counter()
         loss = run_epoch(training, accelerator, network, recipe.windows(cache, split, training.epoch), recipe, steps)
-        val_kl = kl_divergence(y, validate(training, cache, split, training.average, recipe.batch_size))
+        val_kl = kl_divergence(y, validate(training, cache, split, training.average, recipe.batch_size), weight)
         training.epoch += 1
         row = {"epoch": training.epoch, "learning_rate": recipe.rate(training.step - 1, steps), "train_loss": loss,
                "val_kl": val_kl, "prior_kl": prior_kl, "seconds": round(time.perf_counter() - began, 2)}
