@@ -100,10 +100,10 @@ def try_variant(
     if not run or run.status != "ok": run = train(cache, recipe, folder=out, resume=True, model_settings=settings, threads=1, say=None)
     return judge(run, cache).assign(seed=seed, variant=name)
 
-# %% ../nbs/42_ablate.ipynb #97bbaf22
+# %% ../nbs/42_ablate.ipynb #16ff7c11
 def ablate(
     folder: str | os.PathLike,  # for draws and runs; may hold those of an interrupted ablation
-    variants: dict[str, dict],  # name -> fields that differ from a plain recipe; "base" is what the others are compared with
+    variants: dict[str, dict],  # name -> fields of `Recipe`, and "settings" of the model: "base" against a plain recipe, the others against the base
     seeds: int = 5,  # draws of the simulator
     patients: int = 160,  # of each draw
     short: float = 0.8,  # share of recordings that are little more than one window
@@ -115,7 +115,7 @@ def ablate(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     list(parallel_map(partial(draw, folder=folder, patients=patients, short=short), range(seeds), workers, "draws"))
-    jobs = [(seed, name, fields) for seed in range(seeds) for name, fields in variants.items()]
+    jobs = [(seed, name, variants["base"] | fields) for seed in range(seeds) for name, fields in variants.items()]
     table = pd.concat(parallel_map(partial(try_variant, folder=folder, epochs=epochs), jobs, workers, "trainings"), ignore_index=True)
     with atomic_path(folder / "ablation.csv") as tmp: table.to_csv(tmp, index=False)
     return table

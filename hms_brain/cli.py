@@ -112,7 +112,7 @@ def demo(
         write_prediction(out / name, prediction, recording)
         print(f"wrote     {out / name}")
 
-# %% ../nbs/90_cli.ipynb #2cad34b5
+# %% ../nbs/90_cli.ipynb #a87aa0f0
 @app.command()
 def simulate(
     directory: Annotated[Path, typer.Argument(help="folder to make")],
@@ -120,12 +120,17 @@ def simulate(
     seed: Annotated[int, typer.Option(help="the same seed gives the same bytes")] = 0,
     recordings: Annotated[float, typer.Option(help="mean number of recordings per patient")] = 4.0,
     short: Annotated[float, typer.Option(help="share of recordings that hold one window and little more")] = 0.0,
+    like: Annotated[Path | None, typer.Option(help="a train.csv: make signals for its labels instead of drawing patients")] = None,
+    share: Annotated[float, typer.Option(help="with --like: share of its patients")] = 1.0,
     workers: Annotated[int | None, typer.Option(min=1, help="processes; default: [system] workers")] = None,
 ):
     "Write a simulated data set in the exact HMS layout."
     from hms_brain.core import get_settings
     from hms_brain.simset import simulate_dataset
-    simulate_dataset(directory, patients=patients, seed=seed, recordings=recordings, short=short, workers=workers or get_settings().system.workers)
+    from hms_brain.twin import simulate_like
+    workers = workers or get_settings().system.workers
+    if like: simulate_like(like, directory, seed=seed, workers=workers, share=share)
+    else: simulate_dataset(directory, patients=patients, seed=seed, recordings=recordings, short=short, workers=workers)
     print(directory)
 
 @app.command()
@@ -158,7 +163,7 @@ def score(
     if as_json: print_json(scores)
     else: print_table([{"score": k, "value": v} for k, v in scores.items() if isinstance(v, (int, float))])
 
-# %% ../nbs/90_cli.ipynb #4d6b26e4
+# %% ../nbs/90_cli.ipynb #a6085f2d
 class PipelineCommand(TyperCommand):
     "A command whose help lists the parameters of its notebook."
     def format_epilog(self, ctx, formatter):
@@ -188,6 +193,7 @@ def add_pipeline(
 PIPELINES = {"download": ("The competition's files from Kaggle (26 GB; needs a token).", False),
              "prepare": ("Model inputs of a data set, cached, checksummed.", False),
              "train": ("Train a model; leaves a run with its bundle.", False),
+             "ablate": ("What each part of a recipe is worth, on several draws of the simulator.", False),
              "evaluate": ("Scores of a run on its held-out patients.", True),
              "export": ("The bundle of a run.", True)}
 for command, (purpose, takes_run) in PIPELINES.items(): add_pipeline(command, purpose, takes_run)

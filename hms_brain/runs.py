@@ -227,14 +227,14 @@ def run_pipeline(
         _execute(find_pipeline(command), folder, values, quiet)
     return folder
 
-# %% ../nbs/08_runs.ipynb #fadd2a90
+# %% ../nbs/08_runs.ipynb #56a81e0f
 def _execute(notebook: Path, folder: Path, values: dict, quiet: bool):
     "Run one notebook through papermill; translate how it failed."
     import logging
+    from tempfile import TemporaryDirectory
     import papermill
     from nbclient.exceptions import DeadKernelError
     from traitlets.config import Config
-    transport = Config({"KernelManager": {"transport": "ipc"}} if os.name == "posix" else {})  # no port is opened
     if not quiet:
         logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
         logging.getLogger("papermill").setLevel(logging.INFO)
@@ -242,8 +242,10 @@ def _execute(notebook: Path, folder: Path, values: dict, quiet: bool):
         logging.getLogger("papermill.translators").setLevel(logging.ERROR)
     copy = folder / notebook.name
     try:
-        papermill.execute_notebook(str(notebook), str(copy), parameters=values, kernel_name="python3", cwd=str(find_root()),
-                                   progress_bar=False, log_output=not quiet, config=transport)
+        with TemporaryDirectory(prefix="hms-") as sockets:
+            transport = Config({"KernelManager": {"transport": "ipc", "ip": f"{sockets}/kernel"}} if os.name == "posix" else {})  # no port is opened
+            papermill.execute_notebook(str(notebook), str(copy), parameters=values, kernel_name="python3", cwd=str(find_root()),
+                                       progress_bar=False, log_output=not quiet, config=transport)
     except papermill.PapermillExecutionError as e:
         if e.ename == "InputError": raise InputError(e.evalue) from None
         raise RunFailed(f"cell {e.exec_count} failed: {e.ename}: {e.evalue} (see {copy})") from None

@@ -10,7 +10,7 @@ __all__ = ['MIXUP', 'AMBIGUITY', 'CERTAINTY', 'RATER_SD', 'STRATA_PRIOR', 'N_VOT
            'call_probabilities', 'raters', 'cast_votes', 'joint_prior', 'intended_prior', 'n_recordings',
            'draw_n_votes', 'leading_class', 'draw_clips', 'label_clip', 'Plan', 'draw_span', 'draw_plan', 'scatter',
            'write_parquet', 'write_eeg', 'write_spectrogram', 'simulate_patient', 'simulate_plan', 'simulate_test',
-           'claim_folder', 'write_tables', 'simulate_dataset', 'simulate_example', 'simulation_rate']
+           'claim_folder', 'write_tables', 'finish_dataset', 'simulate_dataset', 'simulate_example', 'simulation_rate']
 
 # %% ../nbs/14_simset.ipynb #3cb14eb2
 import shutil
@@ -363,7 +363,24 @@ def write_tables(
     for name, table in tables.items():
         with atomic_path(directory / name) as tmp: table.to_csv(tmp, index=False)
 
-# %% ../nbs/14_simset.ipynb #98043f4e
+# %% ../nbs/14_simset.ipynb #d9f00c88
+def finish_dataset(
+    directory: Path,
+    parts: list[Path],  # rows, in order
+    test: list[dict],  # rows of test.csv
+    made: dict,  # the settings
+    command: str,  # that makes the same again
+) -> dict:  # the manifest
+    "Write the tables and the manifest of a complete data set; remove the parts."
+    write_tables(directory, parts, test)
+    train = read_train(directory)
+    counts = {"rows": len(train), "eegs": train["eeg_id"].nunique(), "spectrograms": train["spectrogram_id"].nunique(), "patients": train["patient_id"].nunique(),
+              "consensus": train.drop_duplicates("eeg_id")["expert_consensus"].value_counts().to_dict()}
+    write_json(directory / "simulated.json", {"simulated": True, "status": "complete", "made": made, "command": command, "counts": counts})
+    shutil.rmtree(directory / ".parts")
+    return read_json(directory / "simulated.json")
+
+# %% ../nbs/14_simset.ipynb #b6a107c0
 def simulate_dataset(
     directory: str | Path,  # new or empty folder, or one whose simulation was interrupted
     patients: int = 40,  # in train.csv
@@ -386,16 +403,10 @@ def simulate_dataset(
     bar = "simulate patients" if progress else ""
     parts = list(parallel_map(partial(simulate_patient, directory=directory, seed=seed, recordings=recordings, short=short), range(patients), workers, bar))
     test = list(parallel_map(partial(simulate_test, directory=directory, seed=seed), range(n_test), workers))
-    write_tables(directory, parts, test)
-    train = read_train(directory)
-    counts = {"rows": len(train), "eegs": train["eeg_id"].nunique(), "spectrograms": train["spectrogram_id"].nunique(), "patients": train["patient_id"].nunique(),
-              "consensus": train.drop_duplicates("eeg_id")["expert_consensus"].value_counts().to_dict()}
     command = f"hms simulate DIR --patients {patients} --seed {seed}" + (f" --recordings {recordings:g}" if recordings != 4 else "") + (f" --short {short:g}" if short else "")
-    write_json(directory / "simulated.json", {"simulated": True, "status": "complete", "made": made, "command": command, "counts": counts})
-    shutil.rmtree(directory / ".parts")
-    return read_json(directory / "simulated.json")
+    return finish_dataset(directory, parts, test, made, command)
 
-# %% ../nbs/14_simset.ipynb #673b86fd
+# %% ../nbs/14_simset.ipynb #a6b8529f
 def simulate_example(patient: int, *, seed: int) -> int:  # votes cast
     "One complete ten-minute example, in memory."
     plan = draw_plan(rng_for(seed, "plan", patient), seed, patient, 0)

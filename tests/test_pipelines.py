@@ -54,6 +54,16 @@ def test_evaluate_and_export(run, home):
     assert (home / "exported/manifest.json").exists()
 
 
+def test_two_at_once(run, home):
+    "Two pipelines in one workbench do not hear each other's kernel."
+    command = [HMS, "evaluate", run, "-p", "bootstraps=20"]
+    both = [subprocess.Popen([str(c) for c in [*command, "-p", f"out={home / name}"]], cwd=home, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for name in ("one", "two")]
+    said = [p.communicate(timeout=300)[0] for p in both]
+    assert [p.returncode for p in both] == [0, 0], said
+    assert [read_run(home / name)["status"] for name in ("one", "two")] == ["ok", "ok"]
+    assert not list(home.glob("kernel-ipc*"))
+
+
 def test_a_typo_runs_nothing(home, cache):
     before = sorted((home / "outputs").rglob("run.json"))
     assert "did you mean epochs?" in one_line(hms("train", "-p", f"cache={cache}", "-p", "epoch=1", cwd=home))
