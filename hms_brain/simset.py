@@ -10,11 +10,10 @@ __all__ = ['MIXUP', 'AMBIGUITY', 'CERTAINTY', 'RATER_SD', 'STRATA_PRIOR', 'N_VOT
            'call_probabilities', 'raters', 'cast_votes', 'joint_prior', 'intended_prior', 'n_recordings',
            'draw_n_votes', 'leading_class', 'draw_clips', 'label_clip', 'Plan', 'draw_span', 'draw_plan', 'scatter',
            'write_parquet', 'write_eeg', 'write_spectrogram', 'simulate_patient', 'simulate_plan', 'simulate_test',
-           'claim_folder', 'write_tables', 'finish_dataset', 'simulate_dataset', 'simulate_example', 'simulation_rate']
+           'claim_folder', 'write_tables', 'finish_dataset', 'simulate_dataset']
 
-# %% ../nbs/14_simset.ipynb #3cb14eb2
+# %% ../nbs/14_simset.ipynb #4fbc8394
 import shutil
-import time
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -405,25 +404,3 @@ def simulate_dataset(
     test = list(parallel_map(partial(simulate_test, directory=directory, seed=seed), range(n_test), workers))
     command = f"hms simulate DIR --patients {patients} --seed {seed}" + (f" --recordings {recordings:g}" if recordings != 4 else "") + (f" --short {short:g}" if short else "")
     return finish_dataset(directory, parts, test, made, command)
-
-# %% ../nbs/14_simset.ipynb #a6b8529f
-def simulate_example(patient: int, *, seed: int) -> int:  # votes cast
-    "One complete ten-minute example, in memory."
-    plan = draw_plan(rng_for(seed, "plan", patient), seed, patient, 0)
-    sim = simulate(seed, duration=CONTEXT_S, patient=patient, timeline=plan.timeline)
-    regional_table(sim.recording.eeg)
-    votes, _ = label_clip(rng_for(seed, "votes", patient), sim, np.array([0]), plan.stratum, raters(seed))[0]
-    return int(votes.sum())
-
-def simulation_rate(
-    n: int = 16,  # examples
-    workers: int = 2,  # processes
-    seed: int = 0,
-) -> dict[str, float]:  # examples, seconds, per_second, workers
-    "How many complete ten-minute examples are simulated per second; starting the processes does not count."
-    function = partial(simulate_example, seed=seed)
-    begin = time.perf_counter()
-    for k, _ in enumerate(parallel_map(function, range(n + 2 * workers), workers)):
-        if k == 2 * workers - 1: begin = time.perf_counter()
-    seconds = max(time.perf_counter() - begin, 1e-9)
-    return {"examples": float(n), "seconds": seconds, "per_second": n / seconds, "workers": float(workers)}
