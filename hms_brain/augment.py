@@ -12,7 +12,7 @@ import numpy as np
 from .core import CENTRE_S, CHANNELS, CONTEXT_S, FS, WINDOW_S, mirror_index
 from .spectrogram import DB_LIMITS
 
-# %% ../nbs/21_augment.ipynb #9871d7d2
+# %% ../nbs/21_augment.ipynb #411177e4
 MIRROR = np.array(mirror_index(CHANNELS))
 REGIONS_SWAPPED = np.array([1, 0, 3, 2])  # LL, RL, LP, RP
 
@@ -21,7 +21,7 @@ def mirror_window(
     image: np.ndarray,  # (3, 224, 224), four regions of 56 rows
 ) -> tuple[np.ndarray, np.ndarray]:  # the same window of a mirrored head
     "Swap the hemispheres in both inputs."
-    regions = image.reshape(image.shape[0], 4, -1, image.shape[-1])
+    regions = image.reshape(image.shape[0], 4, image.shape[1] // 4, image.shape[-1])
     return eeg[MIRROR], regions[:, REGIONS_SWAPPED].reshape(image.shape)
 
 # %% ../nbs/21_augment.ipynb #f075dce0
@@ -59,7 +59,7 @@ def amplify(
     step = np.float32(20 * np.log10(factor) / (DB_LIMITS[1] - DB_LIMITS[0]))
     return eeg * np.float32(factor), np.where(image < 0, image, np.clip(image + step, 0, 1))
 
-# %% ../nbs/21_augment.ipynb #3e6c6b7c
+# %% ../nbs/21_augment.ipynb #477d39f1
 def mask_image(
     image: np.ndarray,  # (3, 224, 224), four regions of 56 rows
     rng: np.random.Generator,  # where chance comes from
@@ -67,7 +67,7 @@ def mask_image(
 ) -> np.ndarray:  # a copy with -1 in the holes
     "Blank a stripe of time and a band of frequency per panel, and the outer part of the ten minutes."
     out = image.copy()
-    regions = out.reshape(3, 4, -1, out.shape[-1])  # a view
+    regions = out.reshape(3, 4, out.shape[1] // 4, out.shape[-1])  # a view
     chance, place, size = rng.random(2), rng.random((3, 2)), rng.random((3, 2))
     for panel, (row, column), (height, width) in zip(regions, place, size):
         if chance[0] >= probability: break

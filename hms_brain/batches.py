@@ -21,7 +21,7 @@ from .augment import augment_window
 from .catalog import soft_votes
 from .core import CHANNELS, VOTE_COLUMNS, InputError, rng_for
 
-# %% ../nbs/22_batches.ipynb #7b07b9f0
+# %% ../nbs/22_batches.ipynb #559eee78
 class SineCache:
     "Synthetic windows with what a training needs of a `WindowCache`: `batch`, `index`, `manifest`."
     def __init__(self,
@@ -33,6 +33,7 @@ class SineCache:
         self.manifest = {"name": "sines", "simulated": True}
 
     def __len__(self) -> int: return len(self.index)
+    def only(self, inputs: tuple[str, ...]) -> "SineCache": return self
 
     def batch(self, rows) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # (b, 19, 10000), (b, 3, 224, 224), (b, 6)
         "Sine waves of label + 1 Hz whose amplitude grows along the electrodes."

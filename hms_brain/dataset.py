@@ -264,7 +264,7 @@ def check_files(
         if path.stat().st_size != entry["bytes"]: raise InputError(f"{name} is damaged: {path.stat().st_size} bytes instead of {entry['bytes']}", folder, mend)
         if verify and sha256_file(path) != entry["sha256"]: raise InputError(f"{name} is damaged: its checksum differs", folder, mend)
 
-# %% ../nbs/20_dataset.ipynb #22ba9fdd
+# %% ../nbs/20_dataset.ipynb #b026ef8f
 class WindowCache:
     "Model inputs of a prepared data set. `[i]` and `batch` give EEG (19, 10000), image (3, 224, 224) and vote counts (6,), all float32."
     def __init__(self,
@@ -277,6 +277,7 @@ class WindowCache:
         if self.manifest.get("format") != CACHE_FORMAT: raise InputError(f"has format {self.manifest.get('format')}, not {CACHE_FORMAT}", self.folder, "run hms prepare again")
         check_files(self.folder, self.manifest["files"], verify)
         self.index: pd.DataFrame = pd.read_parquet(self.folder / "index.parquet")
+        self.inputs: tuple[str, ...] = ("eeg", "image")
         self._open: dict = {}
 
     def __len__(self) -> int: return len(self.index)
@@ -300,17 +301,23 @@ class WindowCache:
         indices = np.asarray(indices, dtype=int)
         rows = self.index.iloc[indices]
         shard, row = rows["shard"].to_numpy(), rows["row"].to_numpy()
-        eeg, image = np.empty((len(indices), 19, 10000), np.float32), np.empty((len(indices), 3, 224, 224), np.float32)
+        eeg, image = (np.empty((len(indices), *shape, n if name in self.inputs else 0), np.float32) for name, shape, n in (("eeg", (19,), 10000), ("image", (3, 224), 224)))
         for s in np.unique(shard):
-            at, codes = np.flatnonzero(shard == s), self._array("image", s)
-            eeg[at] = self._array("eeg", s)[row[at]]
-            for i in at: np.take(IMAGE_VALUES, codes[row[i]], out=image[i], mode="clip")
+            at = np.flatnonzero(shard == s)
+            if "eeg" in self.inputs: eeg[at] = self._array("eeg", s)[row[at]]
+            for i in at if "image" in self.inputs else (): np.take(IMAGE_VALUES, self._array("image", s)[row[i]], out=image[i], mode="clip")
         return eeg, image, rows[list(VOTE_COLUMNS)].to_numpy(np.float32)
 
     def batches(self, size: int, seed: int | None = None, epoch: int = 0) -> Iterator[tuple[np.ndarray, ...]]:
         "Batches of the whole cache, with the rows as fourth item; shuffled by (seed, epoch) if a seed is given."
         order = np.arange(len(self)) if seed is None else rng_for(seed, "epoch", epoch).permutation(len(self))
         for k in range(0, len(order), size): yield *self.batch(order[k:k + size]), order[k:k + size]
+
+    def only(self, inputs: tuple[str, ...]) -> "WindowCache":  # the same windows; an input that is not named has no samples
+        "The cache as a model reads it: what it does not read is not loaded."
+        part = object.__new__(WindowCache)
+        part.__dict__ |= self.__dict__ | {"inputs": tuple(inputs)}
+        return part
 
     def subset(self, mask) -> "WindowCache":  # the same files, fewer rows
         "The windows of a boolean mask, or of rows, as a cache of its own."

@@ -288,7 +288,7 @@ def start(
         return
     if checkpoint := newest_checkpoint(folder): restore(training, checkpoint)
 
-# %% ../nbs/41_train.ipynb #31521131
+# %% ../nbs/41_train.ipynb #698a7d36
 def train(
     cache,  # WindowCache: `batch(rows)`, `index` with patient_id and fold, `manifest`
     recipe: Recipe = Recipe(),  # what to compute
@@ -308,6 +308,7 @@ def train(
     facts = {"kind": "train", "recipe": asdict(recipe), "model_settings": settings, "seed": recipe.seed, "threads": threads} | data | ({"command": command} if command else {})
     with pinned(threads, recipe.seed):
         training = Training(recipe, settings, data["rows_sha256"])
+        cache = cache.only(training.model.inputs)
         start(training, folder, resume)
         with record_run(folder, **facts):
             accelerator = Accelerator(mixed_precision=recipe.precision)

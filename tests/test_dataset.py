@@ -118,6 +118,11 @@ def test_index(made):
 def test_batches_in_any_order(made):
     cache = WindowCache(made, verify=False)
     everything = cache.batch(np.arange(12))
+    eeg, nothing, _ = cache.only(("eeg",)).batch(np.arange(12))
+    nothing_either, image, _ = cache.only(("image",)).batch(np.arange(12))
+    assert nothing.shape == (12, 3, 224, 0) and nothing_either.shape == (12, 19, 0)
+    np.testing.assert_array_equal(eeg, everything[0])
+    np.testing.assert_array_equal(image, everything[1])
     order = np.array([11, 0, 5, 5, 3])
     for whole, part in zip(everything, cache.batch(order)):
         np.testing.assert_array_equal(whole[order], part)

@@ -258,7 +258,9 @@ def test_augmentation_keeps_shapes_and_inputs(seed):
     rng = np.random.default_rng(seed)
     eeg, image = rng.normal(size=(19, 10000)).astype(np.float32), rng.random((3, 224, 224), dtype=np.float32)
     before = eeg.copy(), image.copy()
-    new, picture = augment_window(eeg, image, rng_for(seed), shift=60.0 if seed % 3 == 0 else 1.0)
+    louder = augment_window(eeg, image, rng_for(seed))[1]
+    assert louder.dtype == np.float32 and (((louder >= 0) & (louder <= 1)) | (louder == -1)).all()
+    new, picture = augment_window(eeg, image, rng_for(seed), gain=0, shift=60.0 if seed % 3 == 0 else 1.0)
     assert new.shape == eeg.shape and picture.shape == image.shape and new.dtype == picture.dtype == np.float32
     assert np.isfinite(new).all() and np.array_equal(eeg, before[0]) and np.array_equal(image, before[1])
     assert np.isin(picture[picture >= 0], image).all() and set(np.unique(picture[picture < 0])) <= {-1.0}
