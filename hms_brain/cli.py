@@ -163,7 +163,7 @@ def score(
     if as_json: print_json(scores)
     else: print_table([{"score": k, "value": v} for k, v in scores.items() if isinstance(v, (int, float))])
 
-# %% ../nbs/90_cli.ipynb #a6085f2d
+# %% ../nbs/90_cli.ipynb #24aa5ec4
 class PipelineCommand(TyperCommand):
     "A command whose help lists the parameters of its notebook."
     def format_epilog(self, ctx, formatter):
@@ -193,8 +193,8 @@ def add_pipeline(
 PIPELINES = {"download": ("The competition's files from Kaggle (26 GB; needs a token).", False),
              "prepare": ("Model inputs of a data set, cached, checksummed.", False),
              "train": ("Train a model; leaves a run with its bundle.", False),
-             "ablate": ("What each part of a recipe is worth, on several draws of the simulator.", False),
              "evaluate": ("Scores of a run on its held-out patients.", True),
+             "ablate": ("What each part of a recipe is worth, on several draws of the simulator.", False),
              "export": ("The bundle of a run.", True)}
 for command, (purpose, takes_run) in PIPELINES.items(): add_pipeline(command, purpose, takes_run)
 
