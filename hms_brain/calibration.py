@@ -6,18 +6,19 @@ Docs: https://hms-brain.github.io/hms_brain/calibration.html.md"""
 
 # %% auto #0
 __all__ = ['DB_BANDS', 'DB_EDGES', 'HOMOLOGOUS', 'CONFUSION', 'DB_QUANTILES', 'RATERS', 'band_histogram', 'neighbour_correlation',
-           'sample_period', 'sample_patient', 'calibration_sample', 'agreement', 'precision', 'vote_figures',
-           'signal_figures', 'patient_figures', 'vote_targets', 'signal_targets', 'calibration_table']
+           'sample_period', 'sample_patient', 'calibration_sample', 'agreement', 'divisions', 'best_guess', 'precision',
+           'vote_figures', 'signal_figures', 'patient_figures', 'vote_targets', 'signal_targets', 'calibration_table']
 
-# %% ../nbs/16_calibration.ipynb #89545380
+# %% ../nbs/16_calibration.ipynb #d2312930
 from dataclasses import asdict, dataclass
 from functools import partial
 import numpy as np
 from .attributes import measure_attributes
+from .catalog import soft_votes
 from .core import CHANNELS, CLASSES, CONTEXT_S, FS, parallel_map, rng_for
 from .head import PAIRS
 from .signal import bandpass, fill_gaps
-from .simset import STRATA_PRIOR, call_probabilities, cast_votes, draw_n_votes, draw_plan, measure, n_recordings, raters
+from .simset import AMBIGUITY, CERTAINTY, RATER_SD, STRATA_PRIOR, call_probabilities, cast_votes, draw_n_votes, draw_plan, measure, n_recordings, raters
 from .simulate import cut_timeline, period_at, simulate
 from .spectrogram import FREQS, regional_spectrogram
 
@@ -100,7 +101,30 @@ def agreement(
     return {"entropy": float(-(p * np.log(np.maximum(p, 1e-12))).sum(1).mean()), "top share >= .8": float((top >= .8).mean()), "unanimous": float((top == 1).mean()),
             "pairwise kappa": float((pairs - (prior**2).sum()) / (1 - (prior**2).sum())), "majority kappa": float((with_majority - chance) / (1 - chance)), "leave-one-out": float(loo)}
 
-# %% ../nbs/16_calibration.ipynb #902dfc6c
+# %% ../nbs/16_calibration.ipynb #a78a39b8
+def divisions(
+    votes: np.ndarray,  # (n, 6) counts
+) -> dict[str, float]:  # shares; the rest is clear, with four votes of five for one class
+    "How votes part where they are not clear; two leading classes count as two when they hold four votes of five."
+    order = np.argsort(votes, 1)[:, :-3:-1]
+    top = np.take_along_axis(votes / votes.sum(1, keepdims=True), order, 1)
+    unclear, two = top[:, 0] < .8, top.sum(1) >= .8
+    with_other = (order == CLASSES.index("other")).any(1)
+    return {"proto": float((unclear & two & with_other).mean()), "edge": float((unclear & two & ~with_other).mean()), "mixed": float((unclear & ~two).mean())}
+
+# %% ../nbs/16_calibration.ipynb #ca0efd31
+def best_guess(
+    call: np.ndarray,  # (n, 6) from `call_probabilities`
+    stratum: str = ">=10",  # a key of CERTAINTY
+    draws: int = 200,  # of ambiguity and habit
+) -> np.ndarray:  # (n, 6) sums to 1
+    "The mean vote distribution of segments that measure alike."
+    spread = np.hypot(AMBIGUITY / CERTAINTY[stratum], RATER_SD)
+    logits = CERTAINTY[stratum] * np.log(call + 1e-4) + rng_for(0, "best guess").normal(0, spread, (draws, 1, 6))
+    odds = np.exp(logits - logits.max(-1, keepdims=True))
+    return (odds / odds.sum(-1, keepdims=True)).mean(0)
+
+# %% ../nbs/16_calibration.ipynb #c29626ef
 def precision(
     votes: np.ndarray,  # (n, 6) counts
 ) -> float:  # large: every segment has the same distribution; NaN for fewer than eight
@@ -116,9 +140,11 @@ def vote_figures(
     sample,  # from `calibration_sample`
 ) -> dict[str, float]:  # figure -> value
     "Agreement, priors, confusion and precision of the votes, by stratum and consensus."
+    from scipy.special import rel_entr
     votes = {s: np.concatenate(list(v["votes"])) if len(v) else np.zeros((0, 6), int) for s in STRATA_PRIOR for v in [sample[sample["stratum"] == s]]}
-    many = votes[">=10"]
-    out = {f"votes >= 10: {k}": v for k, v in agreement(many).items()}
+    many, call = votes[">=10"], np.array(list(sample["call"][sample["stratum"] == ">=10"]))
+    out = {f"votes >= 10: {k}": v for k, v in (agreement(many) | divisions(many)).items()}
+    out["votes >= 10: KL of the best guess"] = float(rel_entr(soft_votes(many), np.repeat(best_guess(call), len(many) // len(call), 0)).sum(1).mean())
     for s, v in votes.items():
         p = v / v.sum(1, keepdims=True)
         out[f"{s} votes: unanimous"] = float((p.max(1) == 1).mean())
@@ -131,7 +157,7 @@ def vote_figures(
         out[f"consensus {c}: precision"] = precision(mine)
     return out
 
-# %% ../nbs/16_calibration.ipynb #3787ec82
+# %% ../nbs/16_calibration.ipynb #df1cb26b
 def signal_figures(
     sample,  # from `calibration_sample`
 ) -> dict[str, float]:  # figure -> value
@@ -156,11 +182,12 @@ def patient_figures(
     return {"EEGs whose consensus changes": float(changes.mean()), "segments per patient: median": float(consensus.groupby("patient").size().median()),
             "dominant class within a patient": float(share.mean())}
 
-# %% ../nbs/16_calibration.ipynb #c5beaf22
+# %% ../nbs/16_calibration.ipynb #ee5ca11f
 CONFUSION = np.array([[.605, .085, .113, .049, .025, .122], [.035, .709, .034, .082, .014, .127], [.058, .056, .693, .007, .040, .146],
                       [.033, .123, .007, .543, .052, .241], [.012, .025, .064, .050, .574, .274], [.017, .049, .037, .057, .071, .768]])  # votes (column) by consensus (row)
 DB_QUANTILES = ((5.8, 14.7, 23.2), (.1, 11.1, 21.3), (-4.7, 5.8, 15.5), (-8.1, .6, 13.7), (-11.9, -3.7, 10.8), (-15.5, -7.4, 5.8))
-RATERS = {"entropy": (.67, .04), "top share >= .8": (.37, .05), "unanimous": (.12, .03), "pairwise kappa": (.42, .05), "majority kappa": (.61, .06), "leave-one-out": (.69, .04)}
+RATERS = {"entropy": (.67, .04), "top share >= .8": (.37, .05), "unanimous": (.12, .03), "pairwise kappa": (.42, .05), "majority kappa": (.61, .06), "leave-one-out": (.69, .04),
+          "proto": (.32, .05), "edge": (.10, .03), "mixed": (.23, .05), "KL of the best guess": (.225, .03)}
 
 def vote_targets() -> dict[str, tuple[float, float]]:  # figure -> target, tolerance
     "Published figures about votes."
@@ -173,7 +200,7 @@ def vote_targets() -> dict[str, tuple[float, float]]:  # figure -> target, toler
         out[f"consensus {c}: precision"] = (p, .5 * p)
     return out
 
-# %% ../nbs/16_calibration.ipynb #199fd59c
+# %% ../nbs/16_calibration.ipynb #0a94e874
 def signal_targets() -> dict[str, tuple[float, float]]:  # figure -> target, tolerance
     "Published figures about signals and patients."
     out = {f"{a:g}-{b:g} Hz: {q} %, dB": (v, 2.0) for (a, b), row in zip(DB_BANDS, DB_QUANTILES) for q, v in zip((5, 50, 95), row)}

@@ -73,7 +73,7 @@ def evolution(
     before, after = (power[(t > a) & (t < a + CENTRE_S)].mean() + 1e-4 for a in (-15, 5))
     return float(abs(np.log(np.median(late) / np.median(early))) + .25 * min(2., abs(np.log(after / before))))
 
-# %% ../nbs/14_simset.ipynb #86cccf6f
+# %% ../nbs/14_simset.ipynb #b3735b7b
 MIXUP = np.array([[.80, .06, .09, .02, .00, .03], [.01, .91, .01, .05, .00, .02], [.04, .00, .88, .00, .00, .08],
                   [.00, .09, .00, .57, .02, .32], [.00, .00, .00, .00, .68, .32], [.00, .01, .01, .02, .03, .93]])  # called (column) given the rule (row)
 
@@ -85,7 +85,7 @@ def call_probabilities(
     m: Measured,  # of one window, or with arrays in its fields
 ) -> np.ndarray:  # (..., 6) in the order of CLASSES, sums to 1
     "What an average expert calls a measured pattern (softened ACNS 2021 rules)."
-    pattern = logistic((m.snr + 2) / 2.5) * logistic((np.asarray(m.cycles) - 3.6) / .6) * logistic((.45 - np.asarray(m.cv)) / .08)
+    pattern = logistic((m.snr + 2) / 2.5) * logistic((np.asarray(m.cycles) - 3.6) / .6) * logistic((.5 - np.asarray(m.cv)) / .08)
     sharp, one_sided = logistic((m.sharpness - .43) / .1), logistic((np.abs(m.laterality) - .8) / .2)
     fast = logistic((m.rate - 2.55 - .3 * (1 - sharp)) / .15)
     evolving = logistic((m.evolution - .45) / .08) * logistic((m.rate - 1.3) / .2)
@@ -93,9 +93,9 @@ def call_probabilities(
     steady = [kind * side for kind in (sharp, 1 - sharp) for side in (one_sided, 1 - one_sided)]  # LPD, GPD, LRDA, GRDA
     return np.stack([pattern * seizure, *(pattern * (1 - seizure) * s for s in steady), 1 - pattern], -1) @ MIXUP
 
-# %% ../nbs/14_simset.ipynb #1f71938a
+# %% ../nbs/14_simset.ipynb #ce5464f0
 AMBIGUITY = 1.1  # SD of what all raters of a segment see and the rules do not, in logits
-CERTAINTY = {"1-2": 1.2, "3-9": 2.0, ">=10": 1.03}  # segments shown to few were chosen because they were plain
+CERTAINTY = {"1-2": 1.4, "3-9": 2.2, ">=10": 1.03}  # segments shown to few were chosen because they were plain
 RATER_SD = np.array([.45, .38, .37, .70, .80, .68])  # of a rater's bias per class, in logits
 
 @lru_cache(maxsize=4)
@@ -117,11 +117,11 @@ def cast_votes(
     logits = CERTAINTY[stratum] * np.log(probabilities + 1e-4) + rng.normal(0, AMBIGUITY / CERTAINTY[stratum], 6) + pool[rng.choice(len(pool), n_votes, replace=False)]
     return np.bincount((logits + rng.gumbel(size=logits.shape)).argmax(1), minlength=6)
 
-# %% ../nbs/14_simset.ipynb #9ab064c8
+# %% ../nbs/14_simset.ipynb #3f199c31
 STRATA_PRIOR = {"1-2": (.277, (.05, .19, .15, .04, .07, .51)), "3-9": (.427, (.41, .13, .06, .07, .12, .21)), ">=10": (.296, (.05, .19, .12, .08, .09, .46))}
 N_VOTES = {"1-2": ((1, 2), (.62, .38)), "3-9": ((3, 4, 5, 6), (.755, .09, .138, .017)),
            ">=10": (tuple(range(10, 21)), (.019, .06, .117, .216, .105, .231, .11, .05, .05, .012, .03))}
-HOW_CLEAR = {"1-2": (.5, .36, .14), "3-9": (.75, .18, .07), ">=10": (.42, .42, .16)}  # share of CLARITY
+HOW_CLEAR = {"1-2": (.5, .34, .16), "3-9": (.76, .09, .15), ">=10": (.33, .33, .34)}  # share of CLARITY
 INTENDED = {"1-2": (.02, .30, .20, .04, .11, .33), "3-9": (.57, .14, .03, .07, .18, .01), ">=10": (.02, .32, .15, .07, .13, .31)}
 CHOSEN = {"1-2": .3, "3-9": .9, ">=10": .3}  # chance that a recording's later clip was chosen for the leading pattern
 STEADY = .6  # chance that a clip was cut from one stationary period
@@ -170,7 +170,7 @@ def draw_clips(
         start += span + 2 * int(rng.integers(10, 80))
     return clips
 
-# %% ../nbs/14_simset.ipynb #721cfd33
+# %% ../nbs/14_simset.ipynb #56b5abfd
 def label_clip(
     rng: np.random.Generator,
     sim: Simulated,
@@ -178,6 +178,7 @@ def label_clip(
     stratum: str,
     pool: np.ndarray,  # (n_raters, 6)
     lead_in: float = LEAD_IN,  # s from the recording's start to a window at offset 0
+    panel: int = 0,  # experts who vote; 0: as many as the stratum has
 ) -> list[tuple[np.ndarray, Measured]]:  # votes and truth for each window
     "Votes for a clip's windows: one panel of raters per stationary period."
     centres = offsets + lead_in + WINDOW_S / 2
@@ -185,10 +186,10 @@ def label_clip(
     n_votes, answer = draw_n_votes(rng, stratum), {}
     for k in np.unique(period):
         seen = measure(sim, float(np.median(centres[period == k])))
-        answer[k] = cast_votes(rng, call_probabilities(seen), n_votes, pool, stratum), seen
+        answer[k] = cast_votes(rng, call_probabilities(seen), panel or n_votes, pool, stratum), seen
     return [answer[k] for k in period]
 
-# %% ../nbs/14_simset.ipynb #33dd4a7e
+# %% ../nbs/14_simset.ipynb #2987d246
 @dataclass(frozen=True)
 class Plan:
     "What a recording will hold and who will label it."
@@ -198,6 +199,7 @@ class Plan:
     duration: float  # s
     lead_in: float  # s from the recording's start to a window at offset 0
     timeline: tuple[Period, ...]
+    panel: int  # experts who vote on a window; 0: as many as the stratum has
 
 def draw_span(
     rng: np.random.Generator,
@@ -213,6 +215,7 @@ def draw_plan(
     patient: int,  # index
     r: int,  # which of the patient's recordings
     short: float = 0.0,  # share of recordings that are little more than one window
+    panel: int = 0,  # experts who vote on a window; 0: as many as in HMS
 ) -> Plan:
     "Draw class, stratum, clips and timeline of a recording."
     joint = intended_prior()
@@ -230,7 +233,7 @@ def draw_plan(
         chosen = k and rng.random() < CHOSEN[stratum]
         if chosen: here = again(rng, main)
         if chosen or rng.random() < STEADY: timeline = plant(timeline, lo - 8, hi + 8, here)
-    return Plan(lead, stratum, clips, duration, lead_in, timeline)
+    return Plan(lead, stratum, clips, duration, lead_in, timeline, panel)
 
 # %% ../nbs/14_simset.ipynb #1c1e28e3
 PRIMES = {"patient_id": 65519, "eeg_id": 4294967291, "spectrogram_id": 2147483647, "label_id": 4294967279}
@@ -266,7 +269,7 @@ def write_spectrogram(path: Path, sim: Simulated, lead_in: float = LEAD_IN):
     table["time"] += round(LEAD_IN - lead_in)
     write_parquet(path, {c: table[c].to_numpy() for c in table})
 
-# %% ../nbs/14_simset.ipynb #671a5d46
+# %% ../nbs/14_simset.ipynb #35e61422
 def simulate_patient(
     patient: int,  # index
     *,
@@ -274,6 +277,7 @@ def simulate_patient(
     seed: int,
     recordings: float,  # mean number per patient
     short: float,  # share of recordings that are little more than one window
+    panel: int,  # experts who vote on a window; 0: as many as in HMS
 ) -> Path:  # the patient's rows
     "Write one patient's EEGs, spectrograms and rows; nothing to do when the rows exist."
     done = directory / ".parts" / f"{patient:06d}.json"
@@ -281,11 +285,11 @@ def simulate_patient(
     rng = rng_for(seed, "plan", patient)
     rows: list[dict] = []
     for r in range(n_recordings(rng, recordings)):
-        rows += simulate_plan(draw_plan(rng, seed, patient, r, short), patient, r, directory, seed, len(rows))
+        rows += simulate_plan(draw_plan(rng, seed, patient, r, short, panel), patient, r, directory, seed, len(rows))
     write_json(done, rows)
     return done
 
-# %% ../nbs/14_simset.ipynb #60dca60c
+# %% ../nbs/14_simset.ipynb #7e5764de
 def simulate_plan(plan: Plan, patient: int, r: int, directory: Path, seed: int, n_before: int) -> list[dict]:
     "Simulate, label and write one recording of a patient; its rows of train.csv, with the truth."
     sim = simulate(seed, CLASSES[plan.lead], plan.duration, patient=patient, recording=r, timeline=plan.timeline)
@@ -294,7 +298,7 @@ def simulate_plan(plan: Plan, patient: int, r: int, directory: Path, seed: int, 
     for k, offsets in enumerate(plan.clips):
         eeg = scatter(seed, "eeg_id", patient * 256 + r * 4 + k)
         write_eeg(directory / "train_eegs" / f"{eeg}.parquet", sim, offsets[0] + plan.lead_in, offsets[-1] + plan.lead_in + WINDOW_S)
-        labels = label_clip(rng_for(seed, "votes", patient, r, k), sim, offsets, plan.stratum, raters(seed), plan.lead_in)
+        labels = label_clip(rng_for(seed, "votes", patient, r, k), sim, offsets, plan.stratum, raters(seed), plan.lead_in, plan.panel)
         for j, (offset, (votes, seen)) in enumerate(zip(offsets, labels)):
             label, sub = scatter(seed, "label_id", patient * 32768 + n_before + len(rows)), len(rows)
             ids = (eeg, j, float(offset - offsets[0]), spectrogram, sub, float(offset), label, scatter(seed, "patient_id", patient))
@@ -320,7 +324,7 @@ def simulate_test(
     write_spectrogram(spec, sim)
     return row
 
-# %% ../nbs/14_simset.ipynb #d991f95b
+# %% ../nbs/14_simset.ipynb #abf6aef0
 README = """# SIMULATED data set
 
 Nothing here was recorded from a person. hms_brain simulated it in the layout of the HMS harmful brain activity data;
@@ -328,7 +332,7 @@ Nothing here was recorded from a person. hms_brain simulated it in the layout of
 simulated patterns for every row of train.csv. A model trained on this data alone must say so.
 """
 LICENCE = "SIMULATED data, made by hms_brain. CC0 1.0: no rights reserved. https://creativecommons.org/publicdomain/zero/1.0/\n"
-FORMAT = 2  # raise it when the same seed gives other files
+FORMAT = 4  # raise it when the same seed gives other files
 
 def claim_folder(
     directory: Path,
@@ -379,7 +383,7 @@ def finish_dataset(
     shutil.rmtree(directory / ".parts")
     return read_json(directory / "simulated.json")
 
-# %% ../nbs/14_simset.ipynb #b6a107c0
+# %% ../nbs/14_simset.ipynb #0eff041a
 def simulate_dataset(
     directory: str | Path,  # new or empty folder, or one whose simulation was interrupted
     patients: int = 40,  # in train.csv
@@ -387,6 +391,7 @@ def simulate_dataset(
     workers: int = 2,  # processes
     recordings: float = 4.0,  # mean number of ten-minute recordings per patient
     short: float = 0.0,  # share of recordings that are little more than one window, instead of ten minutes
+    panel: int = 0,  # experts who vote on each window; 0: as many as in HMS, mostly three
     n_test: int = 2,  # unlabelled test examples
     progress: bool = True,  # show a bar
 ) -> dict:  # the manifest: counts, seed, version, command
@@ -395,12 +400,13 @@ def simulate_dataset(
     if not 1 <= patients <= 60_000: raise InputError(f"{patients} patients cannot be simulated", "patients", "give 1 to 60000")
     if not 1 <= recordings <= 20: raise InputError(f"a mean of {recordings} recordings per patient", "recordings", "give 1 to 20")
     if not 0 <= short <= 1: raise InputError(f"{short} is not a share of recordings", "short", "give 0 to 1")
+    if not 0 <= panel <= len(raters(seed)): raise InputError(f"a panel of {panel} experts", "panel", f"give 0 to {len(raters(seed))}")
     if not 0 <= n_test <= 5_000: raise InputError(f"{n_test} test examples", "n_test", "give 0 to 5000")
     directory = Path(directory)
-    made = {"seed": int(seed), "patients": int(patients), "recordings": float(recordings), "short": float(short), "n_test": int(n_test), "format": FORMAT, "version": __version__}
+    made = {"seed": int(seed), "patients": int(patients), "recordings": float(recordings), "short": float(short), "panel": int(panel), "n_test": int(n_test), "format": FORMAT, "version": __version__}
     if claim_folder(directory, made): return read_json(directory / "simulated.json")
     bar = "simulate patients" if progress else ""
-    parts = list(parallel_map(partial(simulate_patient, directory=directory, seed=seed, recordings=recordings, short=short), range(patients), workers, bar))
+    parts = list(parallel_map(partial(simulate_patient, directory=directory, seed=seed, recordings=recordings, short=short, panel=panel), range(patients), workers, bar))
     test = list(parallel_map(partial(simulate_test, directory=directory, seed=seed), range(n_test), workers))
-    command = f"hms simulate DIR --patients {patients} --seed {seed}" + (f" --recordings {recordings:g}" if recordings != 4 else "") + (f" --short {short:g}" if short else "")
+    command = f"hms simulate DIR --patients {patients} --seed {seed}" + (f" --recordings {recordings:g}" if recordings != 4 else "") + (f" --short {short:g}" if short else "") + (f" --panel {panel}" if panel else "")
     return finish_dataset(directory, parts, test, made, command)

@@ -45,7 +45,7 @@ class Attributes:
 
 CLARITY = ("clear", "proto", "edge")  # ideal; weaker or irregular; between two classes
 
-# %% ../nbs/02_simulate.ipynb #6b4fddd6
+# %% ../nbs/02_simulate.ipynb #29a8160a
 def draw_attributes(
     rng: np.random.Generator,
     pattern: str,  # one of CLASSES
@@ -58,15 +58,16 @@ def draw_attributes(
     if clarity == "proto" and pattern != "other":
         a = replace(a, snr=a.snr - rng.uniform(2, 7), cv=a.cv * rng.uniform(1, 1.7), prevalence=a.prevalence * rng.uniform(.6, 1))
     if clarity == "edge" and pattern != "other":
-        move = rng.integers(3)
-        if move == 0:
+        moved = rng.random(3) < .4
+        moved[rng.integers(3)] = True
+        if moved[0]:
             r = rng.uniform(1.9, 3.1) / a.rate
             a = replace(a, rate=a.rate * r, rate_end=a.rate_end * r)
-        if move == 1: a = replace(a, sharpness=rng.uniform(.3, .7))
-        if move == 2: a = replace(a, reflection=rng.uniform(.4, .75), reflection_end=rng.uniform(.4, .75))
+        if moved[1]: a = replace(a, sharpness=rng.uniform(.3, .7))
+        if moved[2]: a = replace(a, reflection=rng.uniform(.4, .75), reflection_end=rng.uniform(.4, .75))
     return a
 
-# %% ../nbs/02_simulate.ipynb #7bb51ab4
+# %% ../nbs/02_simulate.ipynb #38f65401
 def draw_periodic_or_rhythmic(rng: np.random.Generator, pattern: str) -> Attributes:
     "LPD, GPD, LRDA, GRDA in their clear form."
     sharp, general = "pd" in pattern, pattern[0] == "g"
@@ -74,9 +75,9 @@ def draw_periodic_or_rhythmic(rng: np.random.Generator, pattern: str) -> Attribu
     rate = float(np.clip(rate, .5, 2.4))
     front = rng.uniform(.45, .95) if pattern == "grda" else rng.uniform(-.2, .9) if general else rng.uniform(-.7, .7)
     both = rng.uniform(.8, 1) if general else rng.uniform(0, .15)
-    return Attributes(pattern, rate, rate * np.exp(rng.normal(0, .06)), rng.uniform(.06, .25) if sharp else rng.uniform(.05, .2),
-        (rng.uniform(.85, 1) if general else rng.uniform(.65, .92)) if sharp else rng.uniform(0, .2), int(rng.choice([2, 3, 4], p=[.2, .6, .2] if general else [.4, .3, .3])) if sharp else 2,
-        rng.uniform(.2, .38) if general and sharp else rng.uniform(.32, .65), rng.normal({"gpd": 8.9, "grda": 4.6, "lrda": 5.4}.get(pattern, 5.8), 2.3 if sharp else 3.0),
+    return Attributes(pattern, rate, rate * np.exp(rng.normal(0, .06)), rng.uniform(.08, .3),
+        (rng.uniform(.85, 1) if general else rng.uniform(.65, .92)) if sharp else rng.uniform(0, .35), int(rng.choice([2, 3, 4], p=[.2, .6, .2] if general else [.4, .3, .3])) if sharp else 2,
+        rng.uniform(.14, .38) if general and sharp else rng.uniform(.32, .65), rng.normal({"gpd": 8.9, "grda": 4.6, "lrda": 6.6}.get(pattern, 5.8), 2.3 if sharp else 3.0),
         (rng.uniform(.3, .7) if general else rng.uniform(.7, 1)) * rng.choice([-1, 1]), front, rng.uniform(.4, .8) if general else rng.uniform(.4, .7), both, both,
         rng.choice([-1, 1], p=[.2, .8]) * rng.uniform(.025, .14) if pattern == "gpd" else rng.uniform(-.03, .03), rng.normal(0, .15), rng.uniform(.85, 1))
 
@@ -131,7 +132,7 @@ def discharge(
     lobes = [h * np.sin(np.pi * np.arange(n := max(2, round(part * width * FS))) / n) ** 1.5 for part, h in zip(lengths / lengths.sum(), heights)]
     return np.concatenate(lobes).astype(np.float32)
 
-# %% ../nbs/02_simulate.ipynb #cec588fd
+# %% ../nbs/02_simulate.ipynb #188c76a3
 def source(
     rng: np.random.Generator,
     a: Attributes,
@@ -152,7 +153,7 @@ def source(
         keep = at < n_times
         np.add.at(s, at[keep], (size[mine, None] * pulse)[keep])
     phase = np.interp(t, times, np.arange(len(times)), left=0, right=len(times) - 1) * 2 * np.pi
-    wave = (np.cos(phase) + rng.uniform(0, .3) * np.cos(2 * phase + rng.uniform(0, 6))) * np.interp(t, times, size) * gate
+    wave = (np.cos(phase) + rng.uniform(0, .5) * np.cos(2 * phase + rng.uniform(0, 6))) * np.interp(t, times, size) * gate
     s = a.sharpness * unit(s) + (1 - a.sharpness) * unit(wave)
     return (unit(s) * np.exp(a.growth * (t / t[-1] - .5)) * slow_walk(rng, n_times, .15, 4)).astype(np.float32), times
 

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from hms_brain.bundle import measure_parity, open_session, to_onnx
-from hms_brain.core import CHANNELS, InputError, mirror_index, rng_for
+from hms_brain.core import CHANNELS, InputError, mirror_index, rng_for, write_json
 from hms_brain.models.core import MODELS, create_model, list_models, n_params, parse_settings, register_model, without_weights
 from hms_brain.models.effnet import backbone
 from hms_brain.models.fusion import withhold
@@ -209,6 +209,22 @@ def test_fusion_trains_frozen_parts(tmp_path, windows):
         create_model("fusion", eeg="specnet")
     with pytest.raises(InputError, match="weights for raw"):
         create_model("fusion", weights={"raw": "x"})
+
+
+def test_fusion_of_runs_holds_the_networks_that_were_trained(tmp_path, windows):
+    "A run brings its keywords along: weights do not tell how the network scales its input."
+    parts = {"eeg": create_model("resnet1d_gru", norm="robust").eval(), "image": create_model("specnet").eval()}
+    for reads, part in parts.items():
+        (tmp_path / reads).mkdir()
+        save_file(part.state_dict(), tmp_path / reads / "model.safetensors")
+        name = "resnet1d_gru" if reads == "eeg" else "specnet"
+        write_json(tmp_path / reads / "run.json", {"recipe": {"model": name}, "model_settings": part.settings})
+    model = create_model("fusion", weights={reads: str(tmp_path / reads) for reads in parts}).eval()
+    assert model.settings["eeg_settings"] == {"norm": "robust"}
+    for mine, part in zip(model.parts, parts.values()):
+        assert torch.equal(answer(mine, windows).logits, answer(part, windows).logits)
+    again = create_model("fusion", **without_weights(model.settings))
+    assert again.parts[0].settings == {"norm": "robust"}
 
 
 def test_fusion_withholds_parts_only_in_training(windows):

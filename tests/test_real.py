@@ -77,6 +77,13 @@ def test_context_of_the_test_pair(real, predictor):
     assert "no_context" in kinds and "no_context" not in [f["kind"] for f in both.quality]
 
 
+def test_a_file_that_holds_its_context_is_read_with_it(real, predictor):
+    path = real / "iiic/rated/K_Sample11.mat"
+    alone, given = predict_file(path, predictor)[0], predict_file(path, predictor, context=path)[0]
+    assert alone.probabilities == given.probabilities
+    assert "no_context" not in {f["kind"] for f in alone.quality} and "short" in {f["kind"] for f in alone.quality}
+
+
 def test_spectrogram_command(real, tmp_path):
     "Kaggle's own file from Kaggle's own EEG, through the command line."
     out = tmp_path / "s.parquet"

@@ -42,7 +42,7 @@ def list_models() -> list[str]:  # sorted names
     modules = {m.name for m in pkgutil.iter_modules(hms_brain.models.__path__)} - {"core"}
     return sorted(modules | set(MODELS))
 
-# %% ../../nbs/30_models.core.ipynb #024766fb
+# %% ../../nbs/30_models.core.ipynb #311190a8
 def create_model(
     name: str,  # one of `list_models()`
     **settings,  # the model's own keyword arguments
@@ -50,6 +50,7 @@ def create_model(
     "Build a network by name. Raises `InputError` for an unknown name or an unknown keyword."
     if name not in MODELS and name in list_models(): import_module(f"hms_brain.models.{name}")
     if name not in MODELS: raise InputError(f"unknown model {name!r}", mend=f"known: {', '.join(list_models())}")
+    if complete := getattr(MODELS[name], "complete", None): settings = complete(settings)
     try: model = MODELS[name](**settings)
     except TypeError as e: raise InputError(f"{name}: {e}", mend="see its parameters") from None
     model.settings = settings

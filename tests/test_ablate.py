@@ -1,0 +1,29 @@
+"An ablation trains every variant on every draw, goes on where it stood, and compares draw by draw."
+import numpy as np
+import pandas as pd
+import pytest
+
+from hms_brain.ablate import CONDITIONS, ablate, gains, with_fewer_votes
+from hms_brain.batches import votes_of
+from hms_brain.dataset import WindowCache
+
+SMALL = {"stem": 8, "width": 16, "hidden": 8}
+
+
+@pytest.mark.slow
+def test_two_variants_on_one_draw(tmp_path):
+    variants = {"base": {"settings": SMALL}, "three votes": {"votes": 3}}
+    table = ablate(tmp_path, variants, seeds=1, patients=8, short=1.0, epochs=1, workers=1)
+    assert set(zip(table.variant, table.condition)) == {(v, c) for v in variants for c in CONDITIONS}
+    assert np.isfinite(table.kl).all() and table.kl.between(0, 3).all()
+    cache = WindowCache(tmp_path / "cache-0")
+    rows = np.arange(len(cache))
+    assert set(votes_of(cache, rows).sum(1)) == {100} and not (tmp_path / "data-0").exists()
+    few = with_fewer_votes(cache, 3)
+    assert set(votes_of(few, rows).sum(1)) == {3} and (votes_of(few, rows) <= votes_of(cache, rows)).all()
+    assert np.array_equal(votes_of(few, rows), votes_of(with_fewer_votes(cache, 3), rows))
+    assert with_fewer_votes(cache, 0) is cache
+    finished = (tmp_path / "run-0-base/model.safetensors").stat().st_mtime_ns
+    pd.testing.assert_frame_equal(ablate(tmp_path, variants, seeds=1, patients=8, short=1.0, epochs=1, workers=1), table)
+    assert (tmp_path / "run-0-base/model.safetensors").stat().st_mtime_ns == finished
+    assert (gains(table).query("variant == 'base'").change == 0).all()
