@@ -11,12 +11,12 @@ import torch
 from hypothesis import given, settings, strategies as st
 from scipy.special import rel_entr
 
-from hms_brain.augment import augment_window, mask_image, mirror_window, shift_window
+from hms_brain.augment import augment_window, crop_window, mask_image, mirror_window, narrow, shift_window
 from hms_brain.batches import SineCache, Windows, split_rows
 from hms_brain.core import CLASSES, VOTE_COLUMNS, InputError, read_json, rng_for, sha256_file
 from hms_brain.models.core import create_model
 from hms_brain.steps import learning_rate_at, vote_loss
-from hms_brain.train import Recipe, Run, Training, newest_checkpoint, predict_rows, train
+from hms_brain.train import AUGMENTATIONS, Recipe, Run, Training, newest_checkpoint, predict_rows, train
 
 SMALL = {"stem": 4, "width": 16, "hidden": 8, "dropout": 0.1}
 
@@ -211,7 +211,7 @@ def test_nan_stops_the_training(tmp_path):
 
 
 def test_patience_stops(tmp_path):
-    run = fit(tmp_path / "r", epochs=6, learning_rate=1e-9, patience=2, ema=0.0, mirror=0, reverse=0, drop=0, gain=0, shift=0, mask=0)
+    run = fit(tmp_path / "r", epochs=6, learning_rate=1e-9, patience=2, ema=0.0, **dict.fromkeys(AUGMENTATIONS, 0))
     assert len(run.history) < 6 and run.metrics["best_epoch"] == len(run.history) - 2
 
 
@@ -264,6 +264,33 @@ def test_augmentation_keeps_shapes_and_inputs(seed):
     assert new.shape == eeg.shape and picture.shape == image.shape and new.dtype == picture.dtype == np.float32
     assert np.isfinite(new).all() and np.array_equal(eeg, before[0]) and np.array_equal(image, before[1])
     assert np.isin(picture[picture >= 0], image).all() and set(np.unique(picture[picture < 0])) <= {-1.0}
+
+
+def test_every_augmentation_does_something_and_can_be_switched_off():
+    rng = rng_for(3, "every")
+    eeg, image = rng.normal(0, 30, (19, 10000)).astype(np.float32), rng.random((3, 224, 224), dtype=np.float32)
+    eeg[4], off = 0, dict.fromkeys(AUGMENTATIONS, 0.0)
+    for name in AUGMENTATIONS:
+        new, picture = augment_window(eeg, image, rng_for(5), **(off | {name: 1.0}))
+        assert not (np.array_equal(new, eeg) and np.array_equal(picture, image)), name
+        if name in ("invert", "contact", "band", "drop"): assert np.array_equal(picture, image), name
+    assert np.array_equal(augment_window(eeg, image, rng_for(5), **(off | {"invert": 1.0}))[0], -eeg)
+
+
+def test_a_narrower_band_leaves_absent_samples_absent():
+    eeg = rng_for(0, "band").normal(0, 30, (19, 10000)).astype(np.float32)
+    short = crop_window(eeg, np.zeros((3, 224, 224), np.float32), 10)[0]
+    assert np.array_equal(narrow(short, 1, 12) == 0, short == 0) and narrow(short, 1, 12).dtype == np.float32
+    power = np.abs(np.fft.rfft(narrow(eeg, 2, 10))) ** 2 / np.abs(np.fft.rfft(eeg)) ** 2
+    at = lambda hz: float(np.median(power[:, round(hz * 50) - 20:round(hz * 50) + 20]))
+    assert at(4.5) > 0.8 and 0.15 < at(10) < 0.35 and at(18) < 1e-2
+
+
+def test_a_short_window_may_keep_its_context():
+    image = rng_for(0, "image").random((3, 224, 224), dtype=np.float32)
+    alone, around = (crop_window(np.ones((19, 10000), np.float32), image, 10, context)[1] for context in (None, 600))
+    assert (alone[0] >= 0).mean() < 0.05 and np.array_equal(around[0], image[0])
+    assert np.array_equal(alone[1:], around[1:])
 
 
 def test_holes_in_the_image():
