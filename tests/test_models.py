@@ -200,7 +200,7 @@ def test_fusion_trains_frozen_parts(tmp_path, windows):
     model(**windows).logits.square().sum().backward()
     assert all(p.grad is None for p in model.parts.parameters()) and all(p.grad is not None for p in model.project.parameters())
     assert all(torch.equal(v, before[k]) for k, v in model.parts.state_dict().items())  # the running statistics too
-    assert n_params(model) < 50_000
+    assert n_params(model, frozen=False) < 50_000 and n_params(model) == TABLE["fusion"]["n_params"]
     again = create_model("fusion", **without_weights(model.settings))
     assert again.settings == {"frozen": True} and set(again.state_dict()) == set(model.state_dict())
     with pytest.raises(InputError, match="is not there"):

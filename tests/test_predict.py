@@ -139,3 +139,27 @@ def test_the_packaged_sample_is_what_the_code_simulates():
     made, read = simulate_recording(seed=1, patient=1, pattern="lpd"), read_recording(sample_path())
     step = 2 * np.ceil(np.nanmax(np.abs(made.signal), axis=1)) / 65535 + 1e-3
     assert (np.abs(read.signal - np.nan_to_num(made.signal)).max(axis=1) <= step).all()
+
+
+def no_brain(kind: str, seed: int) -> np.ndarray:
+    "Ten minutes of what is not an EEG, (19, 120000) uV."
+    rng, t = np.random.default_rng(seed), np.arange(120_000) / 200
+    white = rng.normal(0, 1, (19, len(t)))
+    pink = np.fft.irfft(np.fft.rfft(white) / np.sqrt(np.maximum(np.fft.rfftfreq(len(t)), 1e-4)))
+    pink /= pink.std()
+    mains = rng.gamma(1, 1, (19, 1)) * np.sin(2 * np.pi * 60 * t + rng.normal(0, .2, (19, 1)))
+    mixed = rng.normal(0, 1, (19, 5)) @ pink[:5]
+    return {"white noise": 20 * white, "pink noise": 20 * pink, "one noise everywhere": 30 * pink[:1] + .5 * white, "few noises, mixed": 12 * mixed,
+            "mains": 100 * mains, "mains and amplifier noise": 100 * mains + 2 * white, "nothing but amplifier noise": .5 * white,
+            "millivolts": 1e-3 * 30 * mixed, "nanovolts": 1e3 * 30 * mixed, "volts": 1e-6 * 30 * mixed}[kind]
+
+
+@pytest.mark.parametrize("kind", ["white noise", "pink noise", "one noise everywhere", "few noises, mixed", "mains", "mains and amplifier noise", "nothing but amplifier noise",
+                                  "millivolts", "nanovolts", "volts"])
+def test_no_confident_pattern_without_a_brain(predictor, recording, kind):
+    "Other, low confidence or abstention."
+    for seed in range(3):
+        eeg = no_brain(kind, seed)
+        answer = predictor(replace(recording, signal=np.concatenate([eeg, eeg[:1]]).astype(np.float32), issues=()))
+        patterns = {c: p for c, p in answer.probabilities.items() if c != "other"}
+        assert answer.abstained or answer.predicted == "other" or max(patterns.values()) < 0.5, answer.probabilities

@@ -76,6 +76,7 @@ def parse_settings(
 # %% ../../nbs/30_models.core.ipynb #a68b9b0b
 def n_params(
     model: "torch.nn.Module",  # any network
-) -> int:  # parameters that training changes
-    "How many trainable parameters a network has."
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen: bool = True,  # count also those that training does not change
+) -> int:
+    "How many parameters a network has."
+    return sum(p.numel() for p in model.parameters() if frozen or p.requires_grad)
