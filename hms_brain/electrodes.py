@@ -6,8 +6,9 @@ Docs: https://hms-brain.github.io/hms_brain/electrodes.html.md"""
 
 # %% auto #0
 __all__ = ['PREFIX', 'REFERENCE', 'OLDER', 'FOLDED', 'PLACE', 'MAX_MISSING', 'ANGLES', 'electrode', 'electrode_pair',
-           'clean_labels', 'ChannelPlan', 'chosen_targets', 'target_name', 'plan_channels', 'blocks', 'linked_groups',
-           'from_differences', 'electrode_positions', 'spline_weights', 'interpolate_electrodes']
+           'clean_labels', 'ChannelPlan', 'chosen_targets', 'target_name', 'linked_groups', 'check_links',
+           'plan_channels', 'blocks', 'from_differences', 'electrode_positions', 'spline_weights',
+           'interpolate_electrodes']
 
 # %% ../nbs/01_electrodes.ipynb #c704d2c7
 import re
@@ -91,13 +92,36 @@ def target_name(
     "An electrode or a pair as one word."
     return target if isinstance(target, str) else "-".join(target)
 
+# %% ../nbs/01_electrodes.ipynb #ab8ed479
+def linked_groups(
+    pairs: Sequence[tuple[str, str]],  # bipolar channels
+) -> list[set[str]]:  # groups of electrodes that hang together
+    "The connected components of the graph that the pairs draw."
+    groups: list[set[str]] = []
+    for pair in pairs:
+        touched = [g for g in groups if g & set(pair)]
+        groups = [g for g in groups if g not in touched] + [set(pair).union(*touched)]
+    return groups
+
+def check_links(
+    pairs: Sequence[tuple[str, str]],  # bipolar channels
+    where=None,  # the file, for messages
+):
+    "Raise `InputError` when the electrodes of a hemisphere do not hang together: their differences along its chains are unknown."
+    groups = linked_groups(pairs)
+    for side in ("13579", "24680"):
+        mine = [c for c in CHANNELS if c[-1] in side and any(c in g for g in groups)]
+        group = next((g for g in groups if mine and mine[0] in g), set())
+        apart = [c for c in mine if c not in group]
+        if apart: raise InputError(f"its bipolar channels do not say how {mine[0]} differs from {apart[0]}", where, "store a double banana, or every electrode against one reference")
+
 # %% ../nbs/01_electrodes.ipynb #1c1467c5
 def plan_channels(
     labels: Sequence[str],  # the file's labels in order
     channel_map: Mapping[str, str] | None = None,  # label -> electrode or "", overrides the rule
     where=None,  # the file, for messages
 ) -> ChannelPlan:
-    "Match labels with the 19 electrodes and the EKG. Raises `InputError` when more than three electrodes are missing."
+    "Match labels with the 19 electrodes and the EKG. Raises `InputError` when more than three electrodes are missing or bipolar ones do not hang together."
     names = clean_labels(labels)
     targets = chosen_targets(names, labels, channel_map, where)
     electrodes = {t for t in targets if isinstance(t, str)}
@@ -105,6 +129,7 @@ def plan_channels(
     missing = tuple(c for c in CHANNELS if c not in electrodes)
     bipolar = len(missing) > MAX_MISSING and sum(c not in ends for c in CHANNELS) <= MAX_MISSING
     if bipolar: missing = tuple(c for c in CHANNELS if c not in ends)
+    if bipolar and len(missing) <= MAX_MISSING: check_links([t for t in targets if isinstance(t, tuple)], where)
     if len(missing) > MAX_MISSING:
         shown = ", ".join(names[:8]) + (" ..." if len(names) > 8 else "")
         what = f"{len(missing)} of the 19 electrodes are missing: {', '.join(missing)}" if len(missing) < len(CHANNELS) else "none of the 19 electrodes (Fp1, F3 ... O2) is among its channels"
@@ -123,16 +148,6 @@ def plan_channels(
 def blocks(n: int, size: int = 1 << 20) -> Iterator[slice]:
     "Slices that cover n samples, so that temporary copies stay small."
     return (slice(i, min(i + size, n)) for i in range(0, n, size))
-
-def linked_groups(
-    pairs: Sequence[tuple[str, str]],  # bipolar channels
-) -> list[set[str]]:  # groups of electrodes that hang together
-    "The connected components of the graph that the pairs draw."
-    groups: list[set[str]] = []
-    for pair in pairs:
-        touched = [g for g in groups if g & set(pair)]
-        groups = [g for g in groups if g not in touched] + [set(pair).union(*touched)]
-    return groups
 
 # %% ../nbs/01_electrodes.ipynb #2071e341
 def from_differences(

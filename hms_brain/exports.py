@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from .core import CLASS_LABELS, EKG, NOTICE, InputError, atomic_path, write_json
+from .elsewhere import Stored
 from .plots import plot_page, plot_probabilities, plot_regions
 from .predict import Prediction
 from .records import Recording
@@ -86,16 +87,17 @@ def write_report(
 # %% ../nbs/73_exports.ipynb #d2b2b903
 def write_edf(
     path: str | os.PathLike,  # the EDF file to write
-    recording: Recording,  # whole seconds are written
+    recording: Recording | Stored,  # whole seconds are written
     origin: str = "hms_brain",  # equipment field of the header
 ):
-    "Write the signals of a recording as EDF+, in microvolts."
+    "Write signals as EDF+, in microvolts; a `Recording` with the labels of the standard, a `Stored` with its own."
     from edfio import Edf, EdfSignal, Recording as Header
-    n_times = int(recording.duration) * int(recording.fs)
+    if isinstance(recording, Recording): recording = Stored(recording.signal, recording.fs, ["ECG EKG" if c == EKG else f"EEG {c}-REF" for c in recording.channels])
+    n_times = int(recording.signal.shape[1] / recording.fs) * int(recording.fs)
     signals = []
-    for name, x in zip(recording.channels, np.nan_to_num(recording.signal[:, :n_times]).astype(np.float64)):
+    for label, x in zip(recording.labels, np.nan_to_num(recording.signal[:, :n_times]).astype(np.float64)):
         reach = float(np.ceil(max(np.abs(x).max(), 1.0)))
-        label, kind = ("ECG EKG", "ECG") if name == EKG else (f"EEG {name}-REF", "EEG")
+        kind = "ECG" if EKG in label else "EEG"
         signals.append(EdfSignal(x, recording.fs, label=label, physical_dimension="uV", physical_range=(-reach, reach), transducer_type=f"{kind} simulated" if "simulated" in origin else ""))
     with atomic_path(path) as tmp: Edf(signals, recording=Header(equipment_code=origin), data_record_duration=1).write(tmp)
 
