@@ -118,7 +118,7 @@ def ablate(
     folder: str | os.PathLike,  # for draws and runs; may hold those of an interrupted ablation
     variants: dict[str, dict],  # name -> fields of `Recipe`, "settings" of the model, "votes" that are kept: "base" against a plain recipe, the others against the base
     seeds: int = 5,  # draws of the simulator
-    patients: int = 160,  # of each draw
+    patients: int = 200,  # of each draw
     short: float = 0.9,  # share of recordings that are little more than one window
     panel: int = 100,  # experts who vote on a window; 0: as many as in HMS
     epochs: int = 6,  # of each training

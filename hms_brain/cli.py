@@ -194,6 +194,7 @@ def add_pipeline(
 PIPELINES = {"download": ("The competition's files from Kaggle (26 GB; needs a token).", False),
              "prepare": ("Model inputs of a data set, cached, checksummed.", False),
              "train": ("Train a model; leaves a run with its bundle.", False),
+             "crossval": ("Train once per fold: every window answered by a model that never saw its patient.", False),
              "evaluate": ("Scores of a run on its held-out patients.", True),
              "ablate": ("What each part of a recipe is worth, on several draws of the simulator.", False),
              "export": ("The bundle of a run.", True)}

@@ -54,6 +54,16 @@ def test_evaluate_and_export(run, home):
     assert (home / "exported/manifest.json").exists()
 
 
+def test_crossval_leaves_its_tables(home, cache):
+    result = hms("crossval", "-p", f"cache={cache}", "-p", "epochs=1", "-p", "out=outputs/runs/cv", "-p", "bootstraps=20", cwd=home, timeout=300)
+    assert result.returncode == 0, result.stderr
+    folder = home / "outputs/runs/cv"
+    oof, table = pd.read_parquet(folder / "oof.parquet"), pd.read_csv(folder / "table.csv")
+    assert set(oof.fold) == {0, 1} and oof.groupby("patient_id").fold.nunique().max() == 1
+    assert {"all", "fold", "stratum", "class"} == set(table["by"]) and table.kl.between(0, 5).all()
+    assert json.loads((folder / "audit.json").read_text())["passed"] and read_run(folder)["pipeline"] == "crossval"
+
+
 def test_two_at_once(run, home):
     "Two pipelines in one workbench do not hear each other's kernel."
     command = [HMS, "evaluate", run, "-p", "bootstraps=20"]
