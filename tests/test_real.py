@@ -111,3 +111,19 @@ def test_the_table_is_read_from_its_zip(real):
 def test_context_is_four_regions(real):
     times, power = read_context(real / "hms/train_spectrograms/1000086677.parquet")
     assert power.shape == (4, 100, len(times)) and np.isnan(power).any()
+
+
+def test_the_packaged_model_carries_to_recorded_windows(real, predictor):
+    "Far better than chance and than a constant, and no class is never given. The figures are in nbs/tutorials."
+    from hms_brain.catalog import soft_votes
+    from hms_brain.core import VOTE_COLUMNS
+    from hms_brain.metrics import kl_divergence
+
+    windows = pd.concat([pd.read_csv(f).assign(folder=f.parent) for f in sorted((real / "iiic").glob("*/votes.csv"))])
+    p = np.array([list(predict_file(w.folder / f"{w.segment}.mat", predictor)[0].probabilities.values()) for w in windows.itertuples()])
+    votes = windows[list(VOTE_COLUMNS)].to_numpy(float)
+    y, leader = soft_votes(votes), votes.argmax(axis=1)
+    assert kl_divergence(y, p) < 0.85 and (p.argmax(axis=1) == leader).sum() >= 12
+    assert kl_divergence(y, p) < kl_divergence(y, np.full_like(p, 1 / 6)) - 0.5
+    agreed = y.max(axis=1) == 1
+    for k in range(6): assert p[agreed & (leader == k), k].mean() > 0.3, CLASSES[k]
