@@ -7,7 +7,7 @@ RUN    ?= $(shell ls -td outputs/runs/*-train 2>/dev/null | head -1)
 
 export OMP_NUM_THREADS ?= 1
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all all quick default-bundle ablations download prepare train evaluate export predict lab shell status lint format clean lock wheel
+.PHONY: help demo test test-all all quick default-bundle ablations download prepare train evaluate export predict lab mlflow tensorboard shell status lint format clean lock wheel
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -93,6 +93,12 @@ export: $(VENV)/.ready  ## bundle of the newest run, or RUN=folder
 
 lab: $(VENV)/.ready  ## JupyterLab on the notebooks
 	$(HMS) lab
+
+mlflow: $(VENV)/.ready  ## MLflow on the runs that were tracked (-p track=mlflow), on this machine only
+	MLFLOW_DISABLE_TELEMETRY=true $(VENV)/bin/mlflow ui --host 127.0.0.1 --port 5000 --backend-store-uri sqlite:///outputs/runs/mlflow.db
+
+tensorboard: $(VENV)/.ready  ## TensorBoard on the runs that were tracked (-p track=tensorboard), on this machine only
+	$(VENV)/bin/tensorboard --host 127.0.0.1 --port 6006 --logdir outputs/runs
 
 shell: $(VENV)/.ready  ## a shell with the environment active
 	@. $(VENV)/bin/activate && $${SHELL:-sh}

@@ -22,6 +22,7 @@ from .catalog import soft_votes
 from .core import CLASSES, VOTE_COLUMNS, InputError, atomic_path, rng_for, write_json
 from .metrics import bootstrap_by_patient, kl_divergence, kl_rows
 from .runs import record_run
+from .tracking import follow, track
 from .train import Recipe, Run, train
 
 # %% ../nbs/42_crossval.ipynb #671364d0
@@ -143,20 +144,23 @@ def crossval(
     folder: str | os.PathLike,  # new, or that of an interrupted cross-validation with the same recipe
     model_settings: dict | None = None,  # the model's own keywords
     threads: int | None = None,  # of torch; default: [system] threads
+    mirrors: Sequence[str] = (),  # where to show the trainings besides their folders: see `tracking`
     check: bool = True,  # audit the first fold
     say: Callable[[str], None] | None = print,  # told one line per epoch; None: silent
 ) -> pd.DataFrame:  # the out-of-fold table, also in oof.parquet
     "Train once per fold; writes oof.parquet, table.csv, audit.json. Raises `InputError` for unusable data or a failed audit."
     folder, folds = Path(folder), sorted(cache.index["fold"].unique())
     with record_run(folder, kind="crossval", folds=[int(f) for f in folds], model=recipe.model):
+        track(folder, mirrors)
         if check:
             found = audit(cache, replace(recipe, fold=int(folds[0])), folder / "shuffled", model_settings)
             write_json(folder / "audit.json", found)
             if not found["passed"]: raise InputError(f"the audit failed: {found}", str(folder), "look for patients on both sides, or for labels that leak")
-        runs = [fold_run(cache, replace(recipe, fold=int(f)), folder / f"fold-{f}", model_settings=model_settings, threads=threads, say=say) for f in folds]
+        runs = [fold_run(cache, replace(recipe, fold=int(f)), folder / f"fold-{f}", model_settings=model_settings, threads=threads, mirrors=mirrors, say=say) for f in folds]
         oof = out_of_fold(runs)
         with atomic_path(folder / "oof.parquet") as tmp: oof.to_parquet(tmp, index=False)
         with atomic_path(folder / "table.csv") as tmp: crossval_table(oof).to_csv(tmp, index=False)
+    follow(folder, mirrors)
     return oof
 
 # %% ../nbs/42_crossval.ipynb #49f628da

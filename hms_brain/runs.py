@@ -225,6 +225,9 @@ def run_pipeline(
     values["out"] = str(folder)
     with record_run(folder, pipeline=command, command=shown(command, values), parameters=values), _environment(HMS_RUN=str(folder), PYTHONUNBUFFERED="1"):
         _execute(find_pipeline(command), folder, values, quiet)
+    if (folder / "tracking.json").is_file():  # what the mirrors show must end with the run
+        from hms_brain.tracking import follow
+        follow(folder)
     return folder
 
 # %% ../nbs/08_runs.ipynb #56a81e0f

@@ -14,7 +14,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from inspect import signature
 from pathlib import Path
@@ -33,6 +33,7 @@ from .metrics import kl_divergence, kl_rows, stratum_scores
 from .models.core import create_model, n_params, parse_settings, without_weights
 from .runs import new_run_dir, read_run, record_run
 from .steps import learning_rate_at, pinned, snapshot, update_average, vote_loss
+from .tracking import follow, track
 
 # %% ../nbs/41_train.ipynb #24613d8f
 AUGMENTATIONS = tuple(signature(augment_window).parameters)[3:]
@@ -307,6 +308,7 @@ def train(
     model_settings: dict | None = None,  # the model's own keywords
     threads: int | None = None,  # of torch; default: [system] threads
     command: str = "",  # what was typed, for the record; a pipeline's command records itself
+    mirrors: Sequence[str] = (),  # where to show the run besides its folder: see `tracking`
     say: Callable[[str], None] | None = print,  # told one line per epoch; None: silent
 ) -> Run:
     "Follow a recipe on a cache. Raises `InputError` for unusable data or folders."
@@ -322,13 +324,15 @@ def train(
         with record_run(folder, model_settings=training.settings, **facts):
             accelerator = Accelerator(mixed_precision=recipe.precision)
             network = accelerator.prepare_model(training.model)
-            run_all(training, accelerator, network, cache, split, recipe, folder, say)
+            track(folder, mirrors)
+            run_all(training, accelerator, network, cache, split, recipe, folder, mirrors, say)
             probabilities = validate(training, cache, split, training.best, recipe.batch_size)
             write_results(folder, training, cache, split, probabilities)
+    follow(folder, mirrors)
     return Run(folder)
 
 # %% ../nbs/41_train.ipynb #732e8277
-def run_all(training: Training, accelerator, network, cache, split: Split, recipe: Recipe, folder: Path, say):
+def run_all(training: Training, accelerator, network, cache, split: Split, recipe: Recipe, folder: Path, mirrors: Sequence[str], say):
     "The epochs that are left, a checkpoint and a row of history after each, until the last or until patience ends."
     y, weight = soft_votes(votes_of(cache, split.valid)), split.weight[split.valid]
     prior_kl = kl_divergence(y, np.tile(split.prior, (len(y), 1)), weight)
@@ -344,4 +348,5 @@ def run_all(training: Training, accelerator, network, cache, split: Split, recip
         if training.best_epoch() == training.epoch: training.best = {k: v.clone() for k, v in training.average.items()}
         save_checkpoint(training, folder)
         with atomic_path(folder / "history.csv") as tmp: pd.DataFrame(training.history).to_csv(tmp, index=False)
+        follow(folder, mirrors)
         if say: say(f"epoch {training.epoch:>3}/{recipe.epochs}   train {loss:.4f}   val {val_kl:.4f}   prior {prior_kl:.4f}   {row['seconds']:.1f} s")

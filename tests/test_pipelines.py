@@ -31,7 +31,7 @@ def cache(home):
 
 @pytest.fixture(scope="module")
 def run(home, cache):
-    result = hms("train", "-p", f"cache={cache}", "-p", "epochs=1", "-p", "batch_size=8", "-p", "out=outputs/runs/tiny", cwd=home, timeout=300)
+    result = hms("train", "-p", f"cache={cache}", "-p", "epochs=1", "-p", "batch_size=8", "-p", "track=tensorboard,mlflow", "-p", "out=outputs/runs/tiny", cwd=home, timeout=300)
     assert result.returncode == 0, result.stderr
     return home / "outputs/runs/tiny"
 
@@ -44,6 +44,15 @@ def test_train_leaves_everything(run, home):
     sample = next((home / "data/simulated/tiny/train_eegs").iterdir())
     answer = json.loads(hms("predict", sample, "--bundle", run / "bundle", "--json").stdout)
     assert abs(sum(answer["probabilities"].values()) - 1) < 1e-9 and answer["bundle"]["simulated"] is True
+
+
+def test_a_tracked_training_ends_in_its_mirrors(run, home):
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{home / 'outputs/runs/mlflow.db'}")
+    (shown,) = client.search_runs([client.get_experiment_by_name("hms_brain").experiment_id])
+    assert shown.info.status == "FINISHED" and shown.info.run_name == "tiny" and shown.data.params["recipe.batch_size"] == "8"
+    assert {"03_train.ipynb", "metrics.json", "bundle"} <= {f.path for f in client.list_artifacts(shown.info.run_id)} and list(run.glob("tensorboard/events.*"))
 
 
 def test_evaluate_and_export(run, home):
