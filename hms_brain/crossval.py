@@ -111,13 +111,14 @@ def audit(
     folder: Path,  # for the control training
     model_settings: dict | None = None,  # the model's own keywords
     limit: int = 512,  # windows of the control training
+    threads: int | None = None,  # of torch; default: [system] threads
 ) -> dict:  # shared_patients, poison, shuffled_kl, prior_kl, passed
     "Check that a training cannot see whom it holds out, and that shuffled votes teach nothing."
     split = recipe.split(cache)
     patient = cache.index["patient_id"].to_numpy()
     shared = len(set(patient[split.train]) & set(patient[split.valid]))
     control = replace(recipe, epochs=min(recipe.epochs, 2), limit=min(limit, recipe.limit or limit), patience=0)
-    run = train(Shuffled(cache, recipe.split(cache)), control, folder=folder, resume=True, model_settings=model_settings, say=None)
+    run = train(Shuffled(cache, split), control, folder=folder, resume=True, model_settings=model_settings, threads=threads, say=None)
     kl, prior = run.metrics["val_kl"], run.metrics["prior_kl"]
     found = {"shared_patients": shared, "poison": same_training(cache, recipe), "shuffled_kl": kl, "prior_kl": prior}
     return found | {"passed": not shared and found["poison"] and kl > prior - 0.03}
@@ -132,7 +133,7 @@ def fold_run(
     "The finished training of a fold; trained or resumed when it is not there."
     try:
         run = Run.load(folder)
-        if run.status == "ok" and run.recipe == recipe: return run
+        if run.status == "ok" and run.recipe == recipe and run.info["model_settings"] == (how.get("model_settings") or {}): return run
     except InputError: pass
     return train(cache, recipe, folder=folder, resume=True, **how)
 
@@ -153,7 +154,7 @@ def crossval(
     with record_run(folder, kind="crossval", folds=[int(f) for f in folds], model=recipe.model):
         track(folder, mirrors)
         if check:
-            found = audit(cache, replace(recipe, fold=int(folds[0])), folder / "shuffled", model_settings)
+            found = audit(cache, replace(recipe, fold=int(folds[0])), folder / "shuffled", model_settings, threads=threads)
             write_json(folder / "audit.json", found)
             if not found["passed"]: raise InputError(f"the audit failed: {found}", str(folder), "look for patients on both sides, or for labels that leak")
         runs = [fold_run(cache, replace(recipe, fold=int(f)), folder / f"fold-{f}", model_settings=model_settings, threads=threads, mirrors=mirrors, say=say) for f in folds]
