@@ -42,7 +42,8 @@ def sphere_gain(
 @dataclass(frozen=True)
 class Head:
     "One patient's lead field."
-    gain: np.ndarray  # (19, n_dipoles)
+    gain: np.ndarray  # (19, n_dipoles) of the folded cortex
+    axes: np.ndarray  # (19, n_dipoles, 3) of dipoles along x, y, z
     points: np.ndarray  # (n_dipoles, 3) unit vectors towards the dipoles
 
 def make_head(
@@ -55,8 +56,10 @@ def make_head(
     points = np.c_[np.sqrt(1 - z**2) * np.cos(turn), np.sqrt(1 - z**2) * np.sin(turn), z]
     electrodes = electrode_positions() + rng.normal(0, .04, (19, 3))
     moments = points + rng.normal(0, .3, points.shape)
-    gain = sphere_gain(electrodes / np.linalg.norm(electrodes, axis=1, keepdims=True), .8 * points, moments, 1 / rng.uniform(20, 80))
-    return Head(gain * np.exp(rng.normal(0, .08) * np.tanh(4 * points[:, 0])), points)
+    electrodes, skull = electrodes / np.linalg.norm(electrodes, axis=1, keepdims=True), 1 / rng.uniform(20, 80)
+    axes = np.stack([sphere_gain(electrodes, .8 * points, np.broadcast_to(axis, points.shape), skull) for axis in np.eye(3)], 2)
+    axes = axes * np.exp(rng.normal(0, .08) * np.tanh(4 * points[:, 0]))[:, None]
+    return Head((axes * moments).sum(2), axes, points)
 
 # %% ../nbs/02_head.ipynb #84326b3c
 PAIRS = np.array([[CHANNELS.index(a), CHANNELS.index(b)] for chain in ("Fp1 F7 T3 T5 O1", "Fp2 F8 T4 T6 O2", "Fp1 F3 C3 P3 O1", "Fp2 F4 C4 P4 O2")
@@ -74,23 +77,24 @@ def patch(
     side: float,  # -1 left .. +1 right
     ap: float,  # -1 occipital .. +1 frontal
     extent: float,  # radius of the cap, rad
+    lean: tuple[float, float, float] = (0., 0., 0.),  # a moment that all dipoles of the cap share beside their own: a sulcus
 ) -> np.ndarray:  # (19,) topography
     "What a cap of synchronous cortex looks like at the electrodes."
     centre = np.array([.8 * side, .9 * ap, .75 - .35 * abs(ap)])
     angle = np.arccos(np.clip(head.points @ centre / np.linalg.norm(centre), -1, 1))
-    v = head.gain @ np.exp(-(angle / extent) ** 2 / 2)
+    v = (head.gain + head.axes @ np.array(lean)) @ np.exp(-(angle / extent) ** 2 / 2)
     return v / np.sqrt(np.sort(bipolar(v) ** 2)[-6:].mean())
 
 # %% ../nbs/02_head.ipynb #ad0371cd
 def mixing(
     head: Head,
     smooth: float,  # correlation length on the cortex, rad; 0: every dipole on its own
-) -> np.ndarray:  # (19, 19) symmetric
+) -> np.ndarray:  # (19, 19) float32, symmetric
     "Matrix that gives white noise the spatial covariance of distributed cortical sources."
     near = np.exp(-np.arccos(np.clip(head.points @ head.points.T, -1, 1)) / smooth) if smooth else np.eye(len(head.points))
     value, vector = np.linalg.eigh(head.gain @ near @ head.gain.T)
     root = (vector * np.sqrt(np.maximum(value, 0))) @ vector.T
-    return root / np.sqrt((bipolar(root) ** 2).sum(1).mean())
+    return (root / np.sqrt((bipolar(root) ** 2).sum(1).mean())).astype(np.float32)
 
 # %% ../nbs/02_head.ipynb #0f4a8098
 def coloured_noise(
@@ -173,11 +177,11 @@ def background(
     slow = lambda f: 1 / (1 + (f / 5) ** 2)
     x = mixing(head, .35) @ coloured_noise(rng, n_times, lambda f: np.sqrt(power(f) * slow(f)), 19)
     f = np.linspace(.25, 60, 2000)
-    share = (power(f) * slow(f)).sum() / power(f).sum()
-    x = np.sqrt(share) * x + np.sqrt(1 - share) * (mixing(head, 0) @ coloured_noise(rng, n_times, lambda f: np.sqrt(power(f) * (1 - slow(f))), 19))
+    share = float((power(f) * slow(f)).sum() / power(f).sum())
+    x = share**.5 * x + (1 - share)**.5 * (mixing(head, 0) @ coloured_noise(rng, n_times, lambda f: np.sqrt(power(f) * (1 - slow(f))), 19))
     for centre, width, size, side, ap, extent in traits.bumps:
         s = coloured_noise(rng, n_times, lambda f, c=centre, w=width: np.exp(-((f - c) / (w * c)) ** 2))[0]
         x += (size * .6 * patch(head, side, ap, extent)).astype(np.float32)[:, None] * (s * slow_walk(rng, n_times, .4, 5))
     if traits.suppression: x *= suppression(rng, n_times, traits.suppression)
-    total = np.sqrt(1 + sum(.3 * b[2] ** 2 for b in traits.bumps))
+    total = (1 + sum(.3 * b[2] ** 2 for b in traits.bumps)) ** .5
     return x * (slow_walk(rng, n_times, .15) * np.float32(traits.level / total)) + rng.standard_normal((19, n_times), dtype=np.float32) * np.float32(traits.floor)

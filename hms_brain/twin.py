@@ -18,7 +18,8 @@ import pandas as pd
 from .catalog import OFFSETS, find_table, label_runs, read_train
 from .core import CLASSES, CONTEXT_S, VOTE_COLUMNS, WINDOW_S, InputError, parallel_map, read_json, rng_for, sha256_file, to_jsonable, write_json
 from .simset import FORMAT, LEAD_IN, claim_folder, finish_dataset, measure, simulate_test, write_eeg, write_spectrogram
-from .simulate import Attributes, Period, again, draw_attributes, period_at, plant, simulate, simulate_timeline
+from .patterns import Attributes, draw_attributes
+from .simulate import Period, again, period_at, plant, simulate, simulate_timeline
 
 # %% ../nbs/14_twin.ipynb #678c8912
 def fitting_attributes(

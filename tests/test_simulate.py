@@ -14,7 +14,8 @@ from hms_brain.records import read_context, read_recording
 from hms_brain.signal import bandpass
 from hms_brain.bench import simulation_rate
 from hms_brain.simset import PRIMES, call_probabilities, draw_plan, joint_prior, measure, scatter, simulate_dataset
-from hms_brain.simulate import CLARITY, Attributes, cut_timeline, cycle_times, draw_attributes, period_at, plant, simulate, simulate_recording, simulate_stream, simulate_timeline
+from hms_brain.patterns import CLARITY, Attributes, cycle_times, draw_attributes
+from hms_brain.simulate import cut_timeline, period_at, plant, simulate, simulate_recording, simulate_stream, simulate_timeline
 
 N = 16  # recordings per pattern
 

@@ -138,9 +138,9 @@ class ResNet1dGru(nn.Module):
     ):
         super().__init__()
         self.banana = Banana(norm=norm)
-        self.pair = nn.Sequential(conv(1, stem, 9, 2), nn.ReLU(), ResBlock(stem, stem))
+        self.pair = nn.Sequential(conv(1, stem, 9, 2), nn.ReLU(), ResBlock(stem, stem, stride=2))
         self.mix = nn.Sequential(conv(stem * (len(LEFT) + len(MIDLINE)), width, 1), nn.ReLU())
-        self.hemisphere = nn.Sequential(ResBlock(width, width, stride=2), ResBlock(width, width * 3 // 2, 7, stride=5))
+        self.hemisphere = nn.Sequential(ResBlock(width, width), ResBlock(width, width * 3 // 2, 7, stride=5))
         self.join = nn.Sequential(nn.Conv1d(width * 9 // 2, width * 3 // 2, 1, bias=False), nn.BatchNorm1d(width * 3 // 2), nn.ReLU(), nn.Dropout(dropout))
         self.gru = nn.GRU(width * 3 // 2, hidden, batch_first=True, bidirectional=True)
         self.pool = CentredAttention(2 * hidden, heads)
