@@ -94,11 +94,14 @@ export: $(VENV)/.ready  ## bundle of the newest run, or RUN=folder
 lab: $(VENV)/.ready  ## JupyterLab on the notebooks
 	$(HMS) lab
 
+# $(call setting,section.key): what settings.ini or HMS_SECTION_KEY says
+setting = $(shell $(VENV)/bin/python -c 'from hms_brain.core import get_settings; print(get_settings().$(1))')
+
 mlflow: $(VENV)/.ready  ## MLflow on the runs that were tracked (-p track=mlflow), on this machine only
-	MLFLOW_DISABLE_TELEMETRY=true $(VENV)/bin/mlflow ui --host 127.0.0.1 --port 5000 --backend-store-uri sqlite:///outputs/runs/mlflow.db
+	MLFLOW_DISABLE_TELEMETRY=true $(VENV)/bin/mlflow ui --host 127.0.0.1 --port $(call setting,deployment.mlflow_port) --backend-store-uri sqlite:///$(call setting,paths.runs)/mlflow.db
 
 tensorboard: $(VENV)/.ready  ## TensorBoard on the runs that were tracked (-p track=tensorboard), on this machine only
-	$(VENV)/bin/tensorboard --host 127.0.0.1 --port 6006 --logdir outputs/runs
+	$(VENV)/bin/tensorboard --host 127.0.0.1 --port 6006 --logdir $(call setting,paths.runs)
 
 shell: $(VENV)/.ready  ## a shell with the environment active
 	@. $(VENV)/bin/activate && $${SHELL:-sh}
