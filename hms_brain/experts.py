@@ -14,13 +14,17 @@ __all__ = ['BLOCK', 'CURVES', 'CHUNK', 'SPARCNET', 'check_labels', 'vote_counts'
 # %% ../nbs/51_experts.ipynb #261fbaa5
 import os
 from collections.abc import Iterator
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .catalog import find_table, read_table
-from .core import CLASSES, VOTE_COLUMNS, InputError
+from .core import CLASSES, InputError
+from .evaluate import find_answers, probability_columns, rater_columns
 from .metrics import confusion_scores, interval, patient_draws, ratio
+from .catalog import read_table
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 # %% ../nbs/51_experts.ipynb #783e708c
 def check_labels(
@@ -353,19 +357,16 @@ def agreement_table(
 
 # %% ../nbs/51_experts.ipynb #07ef41e2
 def read_raters(
-    path: str | os.PathLike,  # parquet or CSV
+    source: "str | os.PathLike | DataFrame",  # parquet, CSV, or the table itself
 ) -> tuple[np.ndarray, np.ndarray | None, str]:  # labels (n, raters), probabilities (n, 6) or None, the model's name
     "Rater labels and a model's probabilities from a table. Raises `InputError`."
     import pandas as pd
-    df = path if isinstance(path, pd.DataFrame) else pd.read_parquet(path) if Path(path).suffix == ".parquet" else read_table(find_table(path, "votes.csv"))
-    where = "table" if isinstance(path, pd.DataFrame) else Path(path)
-    raters = [c for c in df if str(c).startswith(("expert_", "rater_")) and c != "expert_consensus"]
-    if not raters: raise InputError("holds no rater", where, "name the columns expert_01, expert_02, ...")
-    families = {c.removeprefix(f"{CLASSES[0]}_") for c in df if str(c).startswith(f"{CLASSES[0]}_")} - {"vote"}
-    whole = sorted(f for f in families if all(f"{c}_{f}" in df for c in CLASSES))
-    columns = [f"p_{c}" for c in CLASSES] if all(f"p_{c}" in df for c in CLASSES) else [f"{c}_{whole[0]}" for c in CLASSES] if len(whole) == 1 else []
+    path = None if isinstance(source, pd.DataFrame) else find_answers(source)
+    df = source if path is None else pd.read_parquet(path) if path.suffix == ".parquet" else read_table(path)
+    raters, (columns, name) = rater_columns(df), probability_columns(df)
+    if not raters: raise InputError("holds no rater", path, "name the columns expert_01, expert_02, ...")
     labels, p = check_labels(df[raters].astype("Float64").fillna(-1).to_numpy(float), df[columns].to_numpy(float) if columns else None)
-    return labels, p if p is None else p / p.sum(axis=1, keepdims=True), whole[0] if columns and columns[0] != f"p_{CLASSES[0]}" else "model"
+    return labels, p if p is None else p / p.sum(axis=1, keepdims=True), name
 
 def compare_with_experts(
     labels,  # (n, raters) class 0..5, -1 = not rated
