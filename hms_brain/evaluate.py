@@ -143,14 +143,14 @@ def risk_coverage(
 def curve_points(
     score: np.ndarray,  # (n,) probability of a class
     positive: np.ndarray,  # (n,) bool
-    most: int = 200,  # points
+    most: int = 300,  # points
 ) -> dict[str, list[float]] | None:  # fpr, tpr, precision by falling threshold; None where one side is empty
     "Both curves of a class."
     order = np.argsort(-score, kind="stable")
     last = np.flatnonzero(np.r_[np.diff(score[order]) != 0, True])
     tp, n = positive[order].cumsum()[last], last + 1
     if not 0 < tp[-1] < len(score): return None
-    keep = np.unique(np.linspace(0, len(last) - 1, most).round().astype(int))
+    keep = np.unique((np.linspace(0, 1, most) ** 2 * (len(last) - 1)).round().astype(int))  # more of them where the probability is high
     tp, n = tp[keep], n[keep]
     return {"fpr": [0.0, *((n - tp) / (len(score) - tp[-1])).tolist()], "tpr": [0.0, *(tp / tp[-1]).tolist()], "precision": [1.0, *(tp / n).tolist()]}
 

@@ -33,8 +33,8 @@ def styled(
     left: int = 60,  # margin for labels, pixels
 ) -> "Figure":
     "White ground, thin grid, one font."
-    figure.update_layout(height=height, paper_bgcolor="white", plot_bgcolor="white", font=dict(family=FONT, size=13, color=INK), margin=dict(l=left, r=20, t=64 if legend else 36, b=50),
-                         showlegend=legend, legend=dict(orientation="h", y=1.02, yanchor="bottom", x=0, itemsizing="constant"), hoverlabel=dict(font=dict(family=FONT)))
+    figure.update_layout(height=height, paper_bgcolor="white", plot_bgcolor="white", font=dict(family=FONT, size=13, color=INK), margin=dict(l=left, r=20, t=78 if legend else 36, b=50),
+                         showlegend=legend, legend=dict(orientation="h", yref="container", y=.995, yanchor="top", x=0, itemsizing="constant"), hoverlabel=dict(font=dict(family=FONT)))
     figure.update_xaxes(gridcolor=LINE, zeroline=False, linecolor=GREY, ticks="outside", tickcolor=LINE)
     figure.update_yaxes(gridcolor=LINE, zeroline=False, linecolor=GREY)
     figure.update_annotations(font=dict(size=14))
@@ -73,7 +73,9 @@ def plot_class_scores(
         figure.add_scatter(x=x, y=[CLASS_LABELS[c] for c in names], mode="markers", marker=dict(size=11, color=[CLASS_COLORS[c] for c in names], line=dict(width=1, color=INK)),
                            error_x=dict(type="data", symmetric=False, array=np.maximum(np.subtract(high, x), 0), arrayminus=np.maximum(np.subtract(x, low), 0), color=INK, thickness=1.3, width=4),
                            customdata=np.column_stack([low, high]), hovertemplate="%{y} %{x:.3f} (%{customdata[0]:.3f}-%{customdata[1]:.3f})<extra></extra>", row=1, col=col)
-    figure.add_vline(x=.5, line=dict(color=GREY, dash="dot"), row=1, col=3)
+        base = [result["per_class"][c]["support"] / result["n"] for c in names]
+        by_chance = {"precision": base, "auprc": base, "auroc": [.5] * 6}.get(key)
+        if by_chance: figure.add_scatter(x=by_chance, y=[CLASS_LABELS[c] for c in names], mode="markers", marker=dict(symbol="line-ns", size=16, line=dict(width=2, color=GREY)), hovertemplate="chance %{x:.3f}<extra></extra>", row=1, col=col)
     figure.update_xaxes(range=[0, 1.03], dtick=.25)
     return styled(figure, 320, left=80)
 

@@ -65,7 +65,7 @@ nav { display: flex; flex-wrap: wrap; gap: .3rem .9rem; margin: 1rem 0; font-siz
 .numbers div { padding: .8rem 1rem } .numbers b { display: block; font-size: 1.75rem; line-height: 1.25; font-weight: 650; font-variant-numeric: tabular-nums } .numbers span { display: block; color: var(--soft); font-size: .86rem; line-height: 1.4 }
 section { padding: 1.2rem 1.4rem; margin: 1rem 0; scroll-margin-top: 1rem } .scroll { overflow-x: auto }
 table { border-collapse: collapse; font-size: .93rem; margin: .4rem 0; font-variant-numeric: tabular-nums } th { color: var(--soft); font-weight: 600; text-align: left; border-bottom: 2px solid var(--line) } td, th { padding: .34rem 1.1rem .34rem 0; vertical-align: top }
-td { border-bottom: 1px solid var(--line) } td.n, th.n { text-align: right } ul { padding-left: 1.2rem; margin: .4rem 0 } footer { color: var(--soft); font-size: .85rem; overflow-wrap: anywhere; margin-top: 1.5rem }
+td { border-bottom: 1px solid var(--line) } td:first-child { white-space: nowrap } td.n, th.n { text-align: right } ul { padding-left: 1.2rem; margin: .4rem 0 } footer { color: var(--soft); font-size: .85rem; overflow-wrap: anywhere; margin-top: 1.5rem }
 @media print { body { background: #fff } section, .numbers div { break-inside: avoid } }</style>{{ script }}</head><body><main>
 <header><h1>{{ page.title }}</h1><p>{{ page.lead }}</p></header><p class="warning"><strong>{{ notice }}</strong> {{ page.warning }}</p>
 {% if page.numbers %}<div class="numbers">{% for label, value, note in page.numbers %}<div><span>{{ label }}</span><b>{{ value }}</b><span>{{ note }}</span></div>{% endfor %}</div>{% endif %}
@@ -159,7 +159,7 @@ def evaluation_sections(
     who = "Grey dots: each expert against the plurality of the others. " if experts else ""
     who += f"Diamonds: an expert drawn at random from each window's voters, against the others; right in {average['accuracy']:.1%} of the windows where the others agree on a leader." if average and average["accuracy"] is not None else ""
     out = [Section("All scores", "Percentile intervals from resampling patients, not windows: windows of one patient resemble each other. The floor is what even a perfect model would have, because votes are few. Resampling adds noise to calibration errors: their intervals lie a little high.", table=score_rows(result)),
-           Section("By class", "Dotted: chance.", [plot_class_scores(result)], class_rows(result)),
+           Section("By class", "Intervals by patient; grey bars: chance.", [plot_class_scores(result)], class_rows(result)),
            Section("ROC beside experts", who, [plot_curves(result, "roc", points, average)]), Section("Precision and recall beside experts", who, [plot_curves(result, "pr", points, average)])]
     if experts: out += expert_sections(experts)
     out += [Section("Confusion", "Per cent. Left: where windows of each consensus class go (recall). Middle: what predictions of each class were (precision). Right: votes against probabilities, without thresholds.", [plot_confusion(result)]),
@@ -197,7 +197,7 @@ def run_cache(
 
 def run_robustness(
     folder: str | os.PathLike,  # a run
-    windows: int = 40,  # held-out windows to change; 0: none
+    windows: int = 24,  # held-out windows to change; 0: none
     n_boot: int = 1000,  # samples of patients
     seed: int = 0,  # of choice, stress and bootstrap
 ) -> "DataFrame | None":  # of `trials.robustness`; None: not asked for, not a training, or its cache is gone
@@ -272,7 +272,7 @@ def fact_rows(
 ) -> list[dict]:  # what, value
     "How the model was made."
     d, recipe = record["data"], record["recipe"]
-    facts = {"model": recipe["model"], "parameters": f"{metrics['n_params']:,}", "training data": ("simulated EEG" if d.get("simulated") else "recorded EEG") + (f", `{d['made_by']}`" if d.get("made_by") else f", {d.get('data', '')}"),
+    facts = {"model": recipe["model"], "parameters": f"{metrics['n_params']:,}", "training data": ("simulated EEG" if d.get("simulated") else "recorded EEG") + (f", {d['made_by']}" if d.get("made_by") else f", {d.get('data', '')}"),
              "trained on": f"{d['train_windows']:,} windows of {d['train_patients']:,} patients", "held out": f"{d['valid_windows']:,} windows of {d['valid_patients']:,} other patients: fold {recipe['fold']} of {d.get('folds', '?')}, split by patient (seed {d.get('fold_seed', '?')})",
              "checksum of the data": (d.get("checksum") or "none")[:16], "epochs": f"{metrics['best_epoch']} of {metrics['epochs']} (best by held-out KL)", "classes": f"balance {recipe['balance']:g} (0: as they occur, 1: all the same)", "seed": str(record["seed"]),
              "started": record["started"], "took": f"{record.get('seconds') or 0:.0f} s", "weights": metrics["weights_sha256"][:16], "versions": ", ".join(f"{k} {v}" for k, v in record["versions"].items()), "command": record.get("command") or "not recorded"}
@@ -283,7 +283,7 @@ def map_section(
     folder: str | os.PathLike,  # a run
     table: "DataFrame",  # its held-out windows
     method: str = "auto",  # of `embedding.flatten`
-    most: int = 2000,  # windows
+    most: int = 1000,  # windows
     seed: int = 0,  # of choice and layout
 ) -> Section | None:  # None: the run's cache is gone
     "A map of the model's features and the windows most similar to some."

@@ -111,7 +111,7 @@ def read_again(
 def robustness(
     run: Run,  # a finished training
     cache,  # WindowCache
-    windows: int = 40,  # how many of the held-out windows; 0: all
+    windows: int = 24,  # how many of the held-out windows; 0: all
     n_boot: int = 1000,  # samples of patients
     seed: int = 0,  # of choice, stress and bootstrap
 ) -> pd.DataFrame:  # condition, windows, kl, change in kl against "read anew", its low and high, accuracy
