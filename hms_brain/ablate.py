@@ -41,6 +41,7 @@ def variant_recipe(
     "Recipe and keywords of a variant."
     return Recipe(**({"epochs": epochs, "patience": 0} | {k: v for k, v in fields.items() if k not in ("settings", "votes")})), fields.get("settings", {})
 
+# %% ../nbs/42_ablate.ipynb #a5f6e49d
 def draw(
     seed: int,  # of the simulator
     folder: Path,  # of all draws

@@ -48,6 +48,7 @@ def standardise(
     sd = x.std(axis=0)
     return (x - x.mean(axis=0)) / np.where(sd > 1e-12, sd, np.inf)
 
+# %% ../nbs/63_embedding.ipynb #50b96d71
 def principal_components(
     features: np.ndarray,  # (n, d)
     n: int = 2,  # components
@@ -60,6 +61,7 @@ def principal_components(
     out[:, :min(n, len(s))] = (u * s * sign)[:, :n]
     return out
 
+# %% ../nbs/63_embedding.ipynb #21fb5257
 def flatten(
     features: np.ndarray,  # (n, d)
     method: str = "auto",  # "umap", "pca"; "auto": UMAP where it is installed and there are 30 windows or more
@@ -100,6 +102,7 @@ def similar_windows(
         far.append(np.sqrt(np.take_along_axis(d, near, 1)))
     return np.concatenate(found), np.concatenate(far)
 
+# %% ../nbs/63_embedding.ipynb #57da433a
 def neighbour_votes(
     features: np.ndarray,  # (n, d)
     votes: np.ndarray,  # (n, 6) counts

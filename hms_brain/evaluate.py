@@ -41,6 +41,7 @@ def rater_columns(
     "The columns that hold the class that one rater gave."
     return [c for c in df if str(c).startswith(("expert_", "rater_")) and c != "expert_consensus"]
 
+# %% ../nbs/50_evaluate.ipynb #80c5fb98
 def find_answers(
     source: str | os.PathLike,  # folder of a run or a cross-validation, or a file
 ) -> Path:  # parquet or CSV
@@ -83,6 +84,7 @@ def load_answers(
     df.attrs = {"source": "table" if path is None else path.parent.name if path.name in ("oof.parquet", "validation.parquet") else path.name, "model": name, "patients_known": known}
     return df
 
+# %% ../nbs/50_evaluate.ipynb #688cc8d6
 def arrays(
     table: "DataFrame",  # of `load_answers`
 ) -> tuple[np.ndarray, np.ndarray]:  # votes (n, 6), probabilities (n, 6)
@@ -222,6 +224,7 @@ def align(
     for t in tables.values(): t.attrs = first.attrs
     return tables
 
+# %% ../nbs/50_evaluate.ipynb #984e1cce
 def compare_models(
     tables: dict[str, "DataFrame"],  # name -> of `load_answers`; the others are compared with the first
     n_boot: int = 1000,  # samples of patients

@@ -161,6 +161,7 @@ def roc_at(
     tp = np.where(over, p, tp0 + (tp1 - tp0) * np.nan_to_num(ratio(target - fp0, fp1 - fp0)))
     return np.where(np.isnan(x) | (n == 0), np.nan, ratio(tp, p))
 
+# %% ../nbs/51_experts.ipynb #fe1f3683
 def precision_at(
     w: SortedWindows,  # weighed
     x: np.ndarray,  # (b, raters) recall
@@ -232,6 +233,7 @@ def bootstrap_experts(
     samples = ratio(100 * np.nansum(under, axis=1), np.isfinite(under).sum(axis=1))
     return {c: summary(samples[:, k], e) for k, (c, e) in enumerate(experts_under_curve(labels, p, curve).items())}
 
+# %% ../nbs/51_experts.ipynb #02a7780c
 def summary(
     samples: np.ndarray,  # (b,)
     estimate: float | None,  # on the windows as they are
@@ -251,6 +253,7 @@ def calibration_curve(
     n, x, y = (np.bincount(bin_, weights=w, minlength=bins) for w in (None, share, called))
     return x[n > 0] / n[n > 0], y[n > 0] / n[n > 0], n[n > 0]
 
+# %% ../nbs/51_experts.ipynb #05271bcc
 def index_from_sums(
     called: np.ndarray,  # windows called
     share: np.ndarray,  # sum of the shares
@@ -290,6 +293,7 @@ def calibration_samples(
         models.append(index_from_sums(mc, ms, np.broadcast_to(mn, mc.shape)))
     return np.concatenate(raters), np.concatenate(models)
 
+# %% ../nbs/51_experts.ipynb #5d9771c8
 def worse_share(
     raters: np.ndarray,  # (b, raters, 6) indices
     model: np.ndarray,  # (b, 6)
@@ -297,6 +301,7 @@ def worse_share(
     "How many raters are farther from 0 than the model."
     return ratio(100 * (np.abs(raters) > np.abs(model)[:, None]).sum(axis=1), np.isfinite(raters).sum(axis=1))
 
+# %% ../nbs/51_experts.ipynb #36b04695
 def calibration_table(
     labels,  # (n, raters) class 0..5, -1 = not rated
     probs,  # (n, 6) of the model
@@ -326,6 +331,7 @@ def class_kappa(
     chance = true * said + (n - true) * (n - said)
     return ratio(n * (n - true - said + 2 * hit) - chance, n**2 - chance)
 
+# %% ../nbs/51_experts.ipynb #955fba3e
 def mean_agreement(
     c: np.ndarray,  # (m, 6, 6) confusion matrices: first rater, or majority, by second
 ) -> dict[str, dict]:  # class or "all" -> per cent, kappa; None where undefined
@@ -337,6 +343,7 @@ def mean_agreement(
     def row(agree, kappa): return {"percent": None if mean(agree) is None else 100 * mean(agree), "kappa": mean(kappa)}
     return {**{name: row(s[f"{name}.recall"], kappas[:, k]) for k, name in enumerate(CLASSES)}, "all": row(s["accuracy"], s["kappa"])}
 
+# %% ../nbs/51_experts.ipynb #4a7dafe2
 def agreement_table(
     labels,  # (n, raters) class 0..5, -1 = not rated
     probs=None,  # (n, 6) of a model; its most probable class counts
@@ -368,6 +375,7 @@ def read_raters(
     labels, p = check_labels(df[raters].astype("Float64").fillna(-1).to_numpy(float), df[columns].to_numpy(float) if columns else None)
     return labels, p if p is None else p / p.sum(axis=1, keepdims=True), name
 
+# %% ../nbs/51_experts.ipynb #0ee508b1
 def compare_with_experts(
     labels,  # (n, raters) class 0..5, -1 = not rated
     probs,  # (n, 6) of the model

@@ -40,6 +40,7 @@ def styled(
     figure.update_annotations(font=dict(size=14))
     return figure
 
+# %% ../nbs/53_figures.ipynb #2d0ab951
 def class_panels(
     titles: dict[str, str],  # class -> title of its panel
     x: str,  # title of the lower axes
@@ -221,6 +222,7 @@ def plot_intervals(
     figure.update_yaxes(tickvals=list(range(len(names))), ticktext=names, autorange="reversed", automargin=True)
     return styled(figure, 110 + 27 * len(names), left=170)
 
+# %% ../nbs/53_figures.ipynb #edd89d40
 def plot_subgroups(
     result: dict,  # of `evaluate`
 ) -> "Figure":
@@ -269,6 +271,7 @@ def blend_colors(
     rgb = np.array([[int(colors[c][i:i + 2], 16) for i in (1, 3, 5)] for c in CLASSES])
     return [f"rgb({r},{g},{b})" for r, g, b in (y @ rgb).round().astype(int)]
 
+# %% ../nbs/53_figures.ipynb #1c1a4b00
 def plot_map(
     xy: np.ndarray,  # (n, 2)
     y: np.ndarray,  # (n, 6) vote distributions

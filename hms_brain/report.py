@@ -76,6 +76,7 @@ td { border-bottom: 1px solid var(--line) } td:first-child { white-space: nowrap
 {% for row in s.table %}<tr>{% for k, v in row.items() %}<td{% if numeric(s.table, k) %} class="n"{% endif %}>{{ shown(v) }}</td>{% endfor %}</tr>{% endfor %}</table></div>{% endif %}</section>{% endfor %}
 <footer>{{ page.footer }}</footer></main></body></html>"""
 
+# %% ../nbs/65_report.ipynb #0512b723
 def shown(
     value,  # of a table
     digits: int = 3,  # of a float
@@ -84,6 +85,7 @@ def shown(
     if value is None or (isinstance(value, float) and np.isnan(value)): return "–"
     return f"{value:.{digits}f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
+# %% ../nbs/65_report.ipynb #cfea41bf
 def write_page(
     path: str | os.PathLike,  # the HTML file to write
     page: Page,
@@ -114,6 +116,7 @@ def headline(
     cells = {k: result["intervals"][k] for k in labels if k in result["intervals"]}
     return [(labels[k], shown(c["estimate"]), "not defined" if c["low"] is None else f"95 % {c['low']:.3f}–{c['high']:.3f}") for k, c in cells.items()]
 
+# %% ../nbs/65_report.ipynb #9d2a4fa5
 def score_rows(
     result: dict,  # of `evaluate`
 ) -> list[dict]:
@@ -123,6 +126,7 @@ def score_rows(
     return [{"score": label, "value": shown(result[k]), "95 % interval": "–" if result["intervals"][k]["low"] is None else f"{result['intervals'][k]['low']:.3f} to {result['intervals'][k]['high']:.3f}", "better": "lower" if k in (*LOWER_IS_BETTER, "kl_floor") else "higher"}
             for k, label in names.items() if k in result["intervals"]]
 
+# %% ../nbs/65_report.ipynb #2c375e1d
 def class_rows(
     result: dict,  # of `evaluate`
 ) -> list[dict]:
@@ -183,6 +187,7 @@ def experts_beside(
     labels, p, _ = read_raters(table)
     return compare_with_experts(labels, p, n_boot, seed, table["patient_id"] if table.attrs.get("patients_known") else None)
 
+# %% ../nbs/65_report.ipynb #b7957c23
 def run_cache(
     folder: str | os.PathLike,  # a run
 ):  # WindowCache; None: it is gone, or was made anew
@@ -195,6 +200,7 @@ def run_cache(
     except InputError: return None
     return cache if cache.manifest.get("checksum") == record.get("data", {}).get("checksum") else None
 
+# %% ../nbs/65_report.ipynb #1fb64b23
 def run_robustness(
     folder: str | os.PathLike,  # a run
     windows: int = 24,  # held-out windows to change; 0: none
@@ -217,6 +223,7 @@ def trained_on_simulation(
     known = [r["data"].get("simulated") for r in map(read_json, records) if "data" in r]
     return known[0] if known else None
 
+# %% ../nbs/65_report.ipynb #30d7e32d
 def origin(
     simulated: bool | None,  # training data; None: not known
 ) -> str:
@@ -224,6 +231,7 @@ def origin(
     return {True: "The model was trained on simulated EEG, and unless said otherwise the figures are from simulated patients: they say how well the simulator was learned, not how well recorded EEG is read.",
             False: "The model was trained on recorded EEG."}.get(simulated, "What the model was trained on is not known here.")
 
+# %% ../nbs/65_report.ipynb #9fe38d79
 def write_evaluation(
     folder: str | os.PathLike,  # where report.html and metrics.json go
     table: "DataFrame",  # of `load_answers`
@@ -262,10 +270,12 @@ def known_failures(
         if stress["kl"].iloc[1] > stress["kl"].iloc[0] + .05: out.append(f"Without what surrounds the 50 s the KL rises from {stress['kl'].iloc[0]:.3f} to {stress['kl'].iloc[1]:.3f}.")
     return out or ["None of the checks found a weakness that chance does not explain; that is a statement about these windows only."]
 
+# %% ../nbs/65_report.ipynb #827657b0
 INTENDED = ("Research on, and teaching of, automatic reading of critical-care EEG: comparing methods, finding windows that deserve a reader's eye, studying where experts disagree.",
             "Input is one 50-s window of 19 scalp electrodes with as much of its ten minutes as there is; output is the expected share of expert votes for six classes, about the central 10 s.",
             "Not for diagnosis, monitoring, alarms or decisions about treatment; not for neonates, not for intracranial EEG, not where nobody looks at the signal itself.")
 
+# %% ../nbs/65_report.ipynb #105e4878
 def fact_rows(
     record: dict,  # run.json
     metrics: dict,  # metrics.json
@@ -326,6 +336,7 @@ def card_markdown(
              grid(score_rows(result)), grid(class_rows(result)), *(["## Sub-groups", grid(groups)] if groups else []), "## Known failures", bullets(failures)]
     return "\n\n".join(parts) + "\n"
 
+# %% ../nbs/65_report.ipynb #47eb2c37
 def write_report(
     run: str | os.PathLike,  # folder of a finished training
     folder: str | os.PathLike,  # where report.html, report.json and model_card.md go

@@ -37,6 +37,7 @@ def as_stored(eeg: np.ndarray, image: np.ndarray) -> tuple[np.ndarray, np.ndarra
 CONDITIONS: dict[str, Callable] = {"as simulated": as_stored, "50 s": without_context, "10 s": partial(crop_window, seconds=10.0),
                                    "50 s, half": lambda eeg, image: amplify(*without_context(eeg, image), 0.5), "50 s, twice": lambda eeg, image: amplify(*without_context(eeg, image), 2.0)}
 
+# %% ../nbs/41_trials.ipynb #c2b85cdc
 @dataclass(frozen=True)
 class Changed:
     "A cache whose windows are changed on the way out."
@@ -48,6 +49,7 @@ class Changed:
         pairs = [self.condition(e, i) for e, i in zip(eeg, image)]
         return np.stack([e for e, _ in pairs]), np.stack([i for _, i in pairs]), votes
 
+# %% ../nbs/41_trials.ipynb #533b590e
 def held_out(
     run: Run,  # a finished training
     cache,  # WindowCache
