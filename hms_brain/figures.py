@@ -6,9 +6,9 @@ Docs: https://hms-brain.github.io/hms_brain/figures.html.md"""
 
 # %% auto #0
 __all__ = ['INK', 'GREY', 'LINE', 'MODEL', 'BAND', 'FONT', 'styled', 'class_panels', 'places', 'plot_class_scores', 'plot_curves',
-           'plot_experts_under', 'plot_calibration_index', 'plot_reliability', 'plot_confusion', 'plot_risk',
-           'plot_intervals', 'plot_subgroups', 'plot_robustness', 'plot_comparison', 'plot_history', 'blend_colors',
-           'plot_map']
+           'plot_experts_under', 'shown_share', 'plot_calibration_index', 'plot_reliability', 'plot_confusion',
+           'plot_risk', 'plot_intervals', 'plot_subgroups', 'plot_robustness', 'plot_comparison', 'plot_history',
+           'blend_colors', 'plot_map']
 
 # %% ../nbs/53_figures.ipynb #5e3f0dc2
 from typing import TYPE_CHECKING
@@ -129,6 +129,10 @@ def plot_experts_under(
     return styled(figure, 380, legend=bool(published))
 
 # %% ../nbs/53_figures.ipynb #3aa28e6e
+def shown_share(percent: float) -> str:
+    "How many experts are worse calibrated."
+    return f"{percent:.0f} % worse"
+
 def plot_calibration_index(
     experts: dict,  # of `compare_with_experts`
 ) -> "Figure":
@@ -144,7 +148,7 @@ def plot_calibration_index(
                        error_x=dict(type="data", symmetric=False, array=[max((t.get("high") or t["model"]) - t["model"], 0) for _, t in known], arrayminus=[max(t["model"] - (t.get("low") or t["model"]), 0) for _, t in known], color=MODEL, thickness=1.5, width=5), hovertemplate="model %{x:.0f}<extra></extra>")
     figure.add_vline(x=0, line=dict(color=GREY, dash="dot"))
     figure.update_xaxes(title="calibration index: called less often &#8592; 0 &#8594; more often than the others expect")
-    figure.update_yaxes(tickvals=list(range(len(names))), ticktext=[f"{CLASS_LABELS[c]}<br><span style='color:{GREY};font-size:11px'>{'' if table[c]['worse'] is None else '%.0f' % table[c]['worse'] + ' % worse'}</span>" for c in names], range=[-.6, 5.6])
+    figure.update_yaxes(tickvals=list(range(len(names))), ticktext=[f"{CLASS_LABELS[c]}<br><span style='color:{GREY};font-size:11px'>{'' if table[c]['worse'] is None else shown_share(table[c]['worse'])}</span>" for c in names], range=[-.6, 5.6])
     return styled(figure, 430, legend=True, left=90)
 
 # %% ../nbs/53_figures.ipynb #a01bb12c
@@ -192,7 +196,7 @@ def plot_risk(
     "Error of the windows that are answered, by how many are."
     import plotly.graph_objects as go
     points = result["risk_coverage"]["points"]
-    x, error, low, high, kl = ([p[k] for p in points] for k in ("coverage", "error", "low", "high", "kl"))
+    x, error, low, high = ([p[k] for p in points] for k in ("coverage", "error", "low", "high"))
     figure = go.Figure()
     if low[0] is not None: figure.add_scatter(x=[*x, *x[::-1]], y=[*high, *low[::-1]], fill="toself", fillcolor=BAND, line=dict(width=0), mode="lines", hoverinfo="skip", name="95 % by patient")
     figure.add_scatter(x=x, y=error, mode="lines", line=dict(color=MODEL, width=2.6), name="model, surest windows first", hovertemplate="%{x:.0%} answered: %{y:.1%} wrong<extra></extra>")

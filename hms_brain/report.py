@@ -140,7 +140,7 @@ def expert_sections(
 ) -> list[Section]:
     "A model beside named raters, and beside what was published of SPaRCNet."
     cell = lambda x: f"{shown(x['estimate'], 0)} ({shown(x['low'], 0)}–{shown(x['high'], 0)})"
-    rows = [{"class": CLASS_LABELS[c], **{k: v for curve, label in (("roc", "EUROC"), ("pr", "EUPRC")) for k, v in ((f"{label}, % (95 %)", cell(experts[curve][c])), (f"{label} of SPaRCNet, published", "%d (%d–%d)" % SPARCNET[curve][c]))},
+    rows = [{"class": CLASS_LABELS[c], **{k: v for curve, label in (("roc", "EUROC"), ("pr", "EUPRC")) for k, v in ((f"{label}, % (95 %)", cell(experts[curve][c])), (f"{label} of SPaRCNet, published", "{} ({}–{})".format(*SPARCNET[curve][c])))},
              "worse calibrated, %": shown(experts["calibration"][c]["worse"], 0), "of SPaRCNet, published": f"{SPARCNET['calibration'][c]}"} for c in CLASSES]
     a = experts["agreement"]
     pair = lambda t, c: "–" if t[c]["percent"] is None else f"{t[c]['percent']:.0f} ({shown(t[c]['kappa'], 2)})"
