@@ -187,8 +187,8 @@ def test_labels_that_cannot_be_used():
 @pytest.mark.slow
 def test_a_thousand_bootstraps_of_the_published_size():
     labels, p = draw(11, 35_740, raters=20)
-    begin = time.perf_counter()
+    begin = time.process_time()  # of all threads: other programs do not count
     found = bootstrap_experts(labels, p, n_boot=1000)
-    seconds = time.perf_counter() - begin
+    seconds = time.process_time() - begin
     assert all(v["low"] <= v["high"] for v in found.values())
     assert seconds < 60, f"{seconds:.0f} s"
