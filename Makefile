@@ -7,7 +7,7 @@ RUN    ?= $(shell ls -td outputs/runs/*-train 2>/dev/null | head -1)
 
 export OMP_NUM_THREADS ?= 1
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all all quick default-bundle ablations download prepare train evaluate export predict lab mlflow tensorboard shell status lint format clean lock wheel
+.PHONY: help demo test test-all all quick default-bundle ablations download prepare train evaluate report export predict lab mlflow tensorboard shell status lint format clean lock wheel
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -87,6 +87,9 @@ train: $(VENV)/.ready  ## train on the prepared data
 
 evaluate: $(VENV)/.ready  ## evaluate the newest run, or RUN=folder
 	$(HMS) evaluate $(RUN)
+
+report: $(VENV)/.ready  ## everything about the newest run, or RUN=folder, and its model card
+	$(HMS) report $(RUN)
 
 export: $(VENV)/.ready  ## bundle of the newest run, or RUN=folder
 	$(HMS) export $(RUN)

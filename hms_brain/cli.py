@@ -195,9 +195,10 @@ PIPELINES = {"download": ("The competition's files from Kaggle (26 GB; needs a t
              "prepare": ("Model inputs of a data set, cached, checksummed.", False),
              "train": ("Train a model; leaves a run with its bundle.", False),
              "crossval": ("Train once per fold: every window answered by a model that never saw its patient.", False),
-             "evaluate": ("Scores of a run on its held-out patients.", True),
+             "evaluate": ("Scores of a run on its held-out patients, or of any table, beside experts.", True),
              "ablate": ("What each part of a recipe is worth, on several draws of the simulator.", False),
-             "export": ("The bundle of a run.", True)}
+             "export": ("The bundle of a run.", True),
+             "report": ("Everything about a run on one page, and its model card.", True)}
 for command, (purpose, takes_run) in PIPELINES.items(): add_pipeline(command, purpose, takes_run)
 
 # %% ../nbs/90_cli.ipynb #61b522b0

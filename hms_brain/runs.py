@@ -218,7 +218,7 @@ def run_pipeline(
     known = pipeline_parameters(command)
     unknown = sorted(set(values) - set(known))
     if unknown: raise InputError(f"unknown parameter {unknown[0]!r}", f"hms {command}", f"known: {', '.join(known)}")
-    if "run" in known:
+    if "run" in known and not values.get("table"):
         values["run"] = str(Path(values.get("run") or newest_run()).resolve())
         read_run(values["run"])
     folder = run_folder(command, values)

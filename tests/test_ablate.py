@@ -3,9 +3,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from hms_brain.ablate import CONDITIONS, ablate, gains, with_fewer_votes
+from hms_brain.ablate import ablate, gains, with_fewer_votes
 from hms_brain.batches import votes_of
 from hms_brain.dataset import WindowCache
+from hms_brain.trials import CONDITIONS
 
 SMALL = {"stem": 8, "width": 16, "hidden": 8}
 

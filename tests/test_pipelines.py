@@ -1,6 +1,7 @@
 """Pipelines through papermill: the whole way once, and every way to fail."""
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -56,11 +57,48 @@ def test_a_tracked_training_ends_in_its_mirrors(run, home):
 
 
 def test_evaluate_and_export(run, home):
-    assert hms("evaluate", run, "-p", "bootstraps=20", cwd=home).returncode == 0
+    assert hms("evaluate", run, "-p", "bootstraps=20", "-p", "robustness=3", "-p", f"against={run / 'validation.parquet'}", cwd=home).returncode == 0
     metrics = json.loads((run / "evaluate/metrics.json").read_text())
-    assert 0 < metrics["kl"] < 10
+    assert 0 < metrics["kl"] < 10 and metrics["simulated_training"] is True and metrics["experts"] is None
+    assert {r["difference"] for r in metrics["comparison"]} == {0} and len(metrics["robustness"]) == 11
+    opens_alone(run / "evaluate/report.html")
     assert hms("export", run, "-p", f"bundle={home / 'exported'}", cwd=home).returncode == 0
     assert (home / "exported/manifest.json").exists()
+
+
+def opens_alone(page):
+    "Nothing of a page comes from elsewhere, plotly is inside once, and simulation is named."
+    text = page.read_text()
+    body = re.sub(r"<script.*?</script>", "", text, flags=re.S)
+    assert text.count("plotly.js v") == 1 and "simulated EEG" in body and "Research use only" in body
+    assert not re.search(r"<(script|img|iframe|link)[^>]*(src|href)=|@import|url\(", body + "".join(re.findall(r"<script[^>]*>", text)))
+
+
+def test_report_of_a_run(run, home):
+    result = hms("report", run, "-p", "bootstraps=20", "-p", "robustness=0", "-p", "embedding=pca", cwd=home)
+    assert result.returncode == 0, result.stderr
+    opens_alone(run / "report/report.html")
+    card, data = (run / "report/model_card.md").read_text(), json.loads((run / "report/report.json").read_text())
+    assert all(words in card for words in ("Intended use", "Known failures", "Research use only", "simulated EEG", "held out"))
+    assert data["simulated_training"] is True and data["known_failures"] and data["robustness"] is None
+    assert "Map of windows" in (run / "report/report.html").read_text()
+
+
+def test_any_table_is_evaluated(home):
+    "Raters with names, a model with another name, no patients and no run."
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    true = rng.integers(6, size=80)
+    columns = {f"expert_{j}": np.where(rng.random(80) < .7, true, rng.integers(6, size=80)) for j in range(4)}
+    p = .5 * np.eye(6)[true] + .5 / 6
+    pd.DataFrame(columns).assign(**{f"{c}_net": p[:, k] for k, c in enumerate(("seizure", "lpd", "gpd", "lrda", "grda", "other"))}).to_csv(home / "raters.csv", index=False)
+    result = hms("evaluate", "-p", "table=raters.csv", "-p", "bootstraps=10", "-p", "out=outputs/runs/raters", cwd=home)
+    assert result.returncode == 0, result.stderr
+    found = json.loads((home / "outputs/runs/raters/metrics.json").read_text())
+    assert found["experts"]["roc"]["lpd"]["estimate"] == 100 and found["patients_known"] is False and found["robustness"] is None
+    assert "Experts under the curve" in (home / "outputs/runs/raters/report.html").read_text()
+    assert "holds no probabilities" in one_line_after_log(hms("evaluate", "-p", f"table={home / 'data/simulated/tiny/train.csv'}", "-p", "out=outputs/runs/none", cwd=home))
 
 
 def test_crossval_leaves_its_tables(home, cache):
@@ -71,11 +109,14 @@ def test_crossval_leaves_its_tables(home, cache):
     assert set(oof.fold) == {0, 1} and oof.groupby("patient_id").fold.nunique().max() == 1
     assert {"all", "fold", "stratum", "class"} == set(table["by"]) and table.kl.between(0, 5).all()
     assert json.loads((folder / "audit.json").read_text())["passed"] and read_run(folder)["pipeline"] == "crossval"
+    assert hms("evaluate", folder, "-p", "bootstraps=10", cwd=home).returncode == 0
+    found = json.loads((folder / "evaluate/metrics.json").read_text())
+    assert found["n"] == len(oof) and abs(found["kl"] - oof.kl.mean()) < 1e-9 and "fold" in {r["by"] for r in found["subgroups"]} and found["simulated_training"] is True
 
 
 def test_two_at_once(run, home):
     "Two pipelines in one workbench do not hear each other's kernel."
-    command = [HMS, "evaluate", run, "-p", "bootstraps=20"]
+    command = [HMS, "evaluate", run, "-p", "bootstraps=20", "-p", "robustness=0"]
     both = [subprocess.Popen([str(c) for c in [*command, "-p", f"out={home / name}"]], cwd=home, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for name in ("one", "two")]
     said = [p.communicate(timeout=300)[0] for p in both]
     assert [p.returncode for p in both] == [0, 0], said
