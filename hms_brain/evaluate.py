@@ -60,7 +60,7 @@ def load_answers(
     "Read a table of votes and probabilities, checked. Raises `InputError`."
     import pandas as pd
     path = None if isinstance(source, pd.DataFrame) else find_answers(source)
-    if path is None: df = source.reset_index(drop=True)
+    if path is None: df = source.reset_index(drop=True)  # type: ignore[union-attr]
     elif path.suffix == ".parquet":
         try: df = pd.read_parquet(path)
         except Exception as e: raise InputError(f"is not readable as parquet ({str(e)[:80]})", path, "write it again") from None

@@ -276,10 +276,10 @@ def scores(
     names = [f"row {i}" for i in range(len(p))]
     counts = check_votes(votes, names)
     check_probabilities(p, names)
-    found = {k: None if np.isnan(v[0]) else float(v[0]) for k, v in weighted_scores(votes, p, np.arange(len(p)), np.ones((1, len(p))), counts).items()}
+    found: dict = {k: None if np.isnan(v[0]) else float(v[0]) for k, v in weighted_scores(votes, p, np.arange(len(p)), np.ones((1, len(p))), counts).items()}
     truth, kl = votes.argmax(axis=1), kl_rows(soft_votes(votes), p)
     per_class = {c: {"support": int((truth == k).sum())} | {key: found[f"{c}.{key}"] for key in ("precision", "recall", "f1", "auroc", "auprc")} for k, c in enumerate(CLASSES)}
-    out = dict(n=len(p), kl=None, kl_floor=None, kl_excess=None) | {k: v for k, v in found.items() if "." not in k}
+    out: dict = dict(n=len(p), kl=None, kl_floor=None, kl_excess=None) | {k: v for k, v in found.items() if "." not in k}
     out |= dict(ties=int(((votes == votes.max(axis=1, keepdims=True)).sum(axis=1) > 1).sum()), per_class=per_class, strata=stratum_scores(votes, kl, truth == p.argmax(axis=1)) if counts else {})
     undefined = why_undefined(per_class, len(p)) | {k: "all windows or all predictions are of one class" for k in ("kappa", "mcc") if out[k] is None}
     if not counts: undefined |= dict.fromkeys(("kl_floor", "kl_excess", "strata"), "the truth is probabilities: the number of votes is not known")

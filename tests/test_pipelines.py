@@ -93,12 +93,13 @@ def test_any_table_is_evaluated(home):
     columns = {f"expert_{j}": np.where(rng.random(80) < .7, true, rng.integers(6, size=80)) for j in range(4)}
     p = .5 * np.eye(6)[true] + .5 / 6
     pd.DataFrame(columns).assign(**{f"{c}_net": p[:, k] for k, c in enumerate(("seizure", "lpd", "gpd", "lrda", "grda", "other"))}).to_csv(home / "raters.csv", index=False)
+    pd.DataFrame(columns).to_csv(home / "votes.csv", index=False)
     result = hms("evaluate", "-p", "table=raters.csv", "-p", "bootstraps=10", "-p", "out=outputs/runs/raters", cwd=home)
     assert result.returncode == 0, result.stderr
     found = json.loads((home / "outputs/runs/raters/metrics.json").read_text())
     assert found["experts"]["roc"]["lpd"]["estimate"] == 100 and found["patients_known"] is False and found["robustness"] is None
     assert "Experts under the curve" in (home / "outputs/runs/raters/report.html").read_text()
-    assert "holds no probabilities" in one_line_after_log(hms("evaluate", "-p", f"table={home / 'data/simulated/tiny/train.csv'}", "-p", "out=outputs/runs/none", cwd=home))
+    assert "holds no probabilities" in one_line_after_log(hms("evaluate", "-p", "table=votes.csv", "-p", "out=outputs/runs/none", cwd=home))
 
 
 def test_crossval_leaves_its_tables(home, cache):
