@@ -16,7 +16,9 @@ from hms_brain.batches import SineCache, Windows, split_rows
 from hms_brain.core import CLASSES, VOTE_COLUMNS, InputError, read_json, rng_for, sha256_file
 from hms_brain.models.core import create_model
 from hms_brain.steps import learning_rate_at, vote_loss
-from hms_brain.train import AUGMENTATIONS, Recipe, Run, Training, newest_checkpoint, predict_rows, train
+from hms_brain.checkpoints import Training, newest_checkpoint
+from hms_brain.recipe import AUGMENTATIONS, Recipe
+from hms_brain.train import Run, predict_rows, train
 
 SMALL = {"stem": 4, "width": 16, "hidden": 8, "dropout": 0.1}
 
@@ -55,7 +57,7 @@ def test_learns_what_can_be_learned(tmp_path):
 def test_what_a_run_leaves(run):
     again = Run.load(run.folder)
     assert again.status == "ok" and again.recipe == run.recipe and again.info["data"]["simulated"] is True
-    assert list(run.history) == ["epoch", "learning_rate", "train_loss", "val_kl", "prior_kl", "seconds"] and len(run.history) == 3
+    assert list(run.history) == ["epoch", "stage", "learning_rate", "train_loss", "val_kl", "prior_kl", "seconds"] and len(run.history) == 3
     table = run.validation
     p = table[[f"p_{c}" for c in CLASSES]].to_numpy()
     np.testing.assert_allclose(p.sum(1), 1, atol=1e-9)
