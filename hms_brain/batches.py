@@ -93,7 +93,7 @@ def central_rows(
 ) -> np.ndarray:  # sorted, one per period
     "The row of each period that is nearest to its middle. Raises `InputError` where the cache does not tell periods apart."
     if "run_id" not in index: raise InputError("the cache knows no periods", mend="prepare it again, or train without per_period")
-    part = index.iloc[rows]
+    part = index.iloc[rows].sort_values(OFFSETS[0], kind="stable")
     at = part.groupby("run_id")[OFFSETS[0]]
     off = (part[OFFSETS[0]] - (at.transform("min") + at.transform("max")) / 2).abs()
     return np.sort(off.groupby(part.run_id).idxmin().to_numpy())

@@ -84,14 +84,14 @@ class WholeBatch(TorchFunctionMode):
         "Batch normalisation with the mean and variance of all processes."
         if not training: return F.batch_norm(x, running_mean, running_var, weight, bias, False, momentum, eps)
         dims, form = [0, *range(2, x.ndim)], (1, -1, *[1] * (x.ndim - 2))
-        counted, z = x.shape[0] // self.held * self.part.counted, x.float()
+        counted, z = x.shape[0] // self.held * self.part.counted, x if x.dtype == torch.float64 else x.float()
         n = x.numel() / x.shape[0] / x.shape[1] * (x.shape[0] // self.held) * self.part.size
         mean = Total.apply(z[:counted].sum(dims)) / n
         var = Total.apply((z[:counted] - mean.reshape(form)).square().sum(dims)) / n
         if running_mean is not None:
             with torch.no_grad():
-                running_mean.lerp_(mean, momentum)
-                running_var.lerp_(var * (n / (n - 1)), momentum)
+                running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+                running_var.lerp_((var * (n / (n - 1))).to(running_var.dtype), momentum)
         y = (z - mean.reshape(form)) * (var.reshape(form) + eps).rsqrt()
         return (y if weight is None else y * weight.reshape(form) + bias.reshape(form)).to(x.dtype)
 

@@ -28,7 +28,7 @@ from .core import CLASSES, VOTE_COLUMNS, InputError, atomic_path, get_settings, 
 from .metrics import kl_divergence, kl_rows, stratum_scores
 from .models.core import create_model, n_params, without_weights
 from .parallel import gather_rows, parts, whole_batch
-from .recipe import Recipe, Stage, parse_recipe
+from .recipe import Recipe, Stage
 from .runs import new_run_dir, read_run, record_run
 from .steps import pinned, reseed, snapshot, update_average, vote_loss
 from .tracking import follow, track
