@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -21,9 +22,10 @@ from .batches import Relabelled, Split, votes_of
 from .catalog import soft_votes
 from .core import CLASSES, VOTE_COLUMNS, InputError, atomic_path, rng_for, write_json
 from .metrics import bootstrap_by_patient, kl_divergence, kl_rows, softmax
+from .recipe import Recipe
 from .runs import record_run
 from .tracking import follow, track
-from .train import Recipe, Run, train
+from .train import Run, train
 
 # %% ../nbs/42_crossval.ipynb #671364d0
 PROBABILITIES = [f"p_{c}" for c in CLASSES]
@@ -146,6 +148,7 @@ def crossval(
     threads: int | None = None,  # of torch; default: [system] threads
     mirrors: Sequence[str] = (),  # where to show the trainings besides their folders: see `tracking`
     check: bool = True,  # audit the first fold
+    view: Callable[[int], Any] | None = None,  # the cache that is trained on with a fold held out; None: the same for all
     say: Callable[[str], None] | None = print,  # told one line per epoch; None: silent
 ) -> pd.DataFrame:  # the out-of-fold table, also in oof.parquet
     "Train once per fold; writes oof.parquet, table.csv, audit.json. Raises `InputError` for unusable data or a failed audit."
@@ -153,10 +156,10 @@ def crossval(
     with record_run(folder, kind="crossval", folds=[int(f) for f in folds], model=recipe.model):
         track(folder, mirrors)
         if check:
-            found = audit(cache, replace(recipe, fold=int(folds[0])), folder / "shuffled", model_settings, threads=threads)
+            found = audit(cache, replace(recipe, fold=int(folds[0]), pseudo=0.0), folder / "shuffled", model_settings, threads=threads)
             write_json(folder / "audit.json", found)
             if not found["passed"]: raise InputError(f"the audit failed: {found}", str(folder), "look for patients on both sides, or for labels that leak")
-        runs = [fold_run(cache, replace(recipe, fold=int(f)), folder / f"fold-{f}", model_settings=model_settings, threads=threads, mirrors=mirrors, say=say) for f in folds]
+        runs = [fold_run(view(int(f)) if view else cache, replace(recipe, fold=int(f)), folder / f"fold-{f}", model_settings=model_settings, threads=threads, mirrors=mirrors, say=say) for f in folds]
         oof = out_of_fold(runs)
         with atomic_path(folder / "oof.parquet") as tmp: oof.to_parquet(tmp, index=False)
         with atomic_path(folder / "table.csv") as tmp: crossval_table(oof).to_csv(tmp, index=False)

@@ -21,7 +21,7 @@ import pandas as pd
 import torch
 from safetensors.torch import load_file, save_file
 
-from .batches import Split, Windows, chunks, describe_data, votes_of
+from .batches import PSEUDO, Split, Windows, chunks, describe_data, votes_of
 from .catalog import soft_votes
 from .checkpoints import Training, newest_checkpoint, restore, save_checkpoint
 from .core import CLASSES, VOTE_COLUMNS, InputError, atomic_path, get_settings, read_json, sha256_file, write_json
@@ -148,7 +148,7 @@ def write_results(
     with atomic_path(folder / "model.safetensors") as tmp: save_file({k: v.cpu().contiguous() for k, v in training.best.items()}, tmp)
     votes = votes_of(cache, split.valid)
     table = cache.index.reset_index(drop=True).iloc[split.valid].assign(**dict(zip(VOTE_COLUMNS, votes.T)))
-    table = table.assign(**{f"p_{c}": probabilities[:, k] for k, c in enumerate(CLASSES)})
+    table = table.drop(columns=PSEUDO, errors="ignore").assign(**{f"p_{c}": probabilities[:, k] for k, c in enumerate(CLASSES)})
     with atomic_path(folder / "validation.parquet") as tmp: table.to_parquet(tmp, index=False)
     y, right = soft_votes(votes), votes.argmax(1) == probabilities.argmax(1)
     weight = split.weight[split.valid]
