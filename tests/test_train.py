@@ -1,8 +1,5 @@
 "The training loop: learns, repeats itself, survives interruption, holds patients apart, tells the truth about failures."
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -104,25 +101,6 @@ def test_frozen_parts_are_resumed_too(tmp_path):
     torch.manual_seed(recipe.seed)
     fresh, trained = create_model("fusion", **settings).state_dict(), whole.model().state_dict()
     assert {k.split(".")[0] for k in fresh if not torch.equal(fresh[k], trained[k])} == {"project", "queries", "joint", "head", "bias"}
-
-
-@pytest.mark.fault
-def test_killed_again_and_again(run, tmp_path):
-    "SIGKILL at random moments; each start resumes. The weights are those of the run that nobody killed."
-    script = f"""
-from test_train import fit
-fit({str(tmp_path / "r")!r}, epochs=3, resume=True)"""
-    rng, kills = rng_for(0, "kills"), 0
-    while True:
-        process = subprocess.Popen([sys.executable, "-c", script], cwd=Path(__file__).parent, stdout=subprocess.DEVNULL)
-        try:
-            assert process.wait(timeout=rng.uniform(1.5, 4) if kills < 8 else 120) == 0
-            break
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-            kills += 1
-    assert kills and weights(Run.load(tmp_path / "r")) == weights(run)
 
 
 def test_a_rotten_checkpoint_is_passed_over(run, tmp_path):
