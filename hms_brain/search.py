@@ -159,8 +159,7 @@ def train_command(
     cache: str = "",  # as for `hms train`
 ) -> str:  # for a shell
     "The `hms train` that follows a recipe."
-    from hms_brain.core import get_settings
-    plain, usual = asdict(recipe), get_settings().training
+    plain = asdict(recipe)
     own = {k: plain.pop(k) for k in ("model", "epochs", "batch_size", "learning_rate", "fold", "seed", "limit")}
     rest = {k: v for k, v in plain.items() if v != getattr(Recipe(), k)}
     own |= {"recipe": json.dumps(rest)} if rest else {}

@@ -113,7 +113,7 @@ def test_control_saving_in_place_loses_the_run(tmp_path, monkeypatch):
     process.join(300)
     assert process.exitcode == -signal.SIGKILL and last_in_place(tmp_path / "r")
     monkeypatch.setattr(module, "newest_checkpoint", last_in_place)
-    with pytest.raises(Exception, match="(?i)safetensor|header|incomplete|metadata"):
+    with pytest.raises(Exception, match=r"(?i)safetensor|header|incomplete|metadata"):
         work(tmp_path / "r")
 
 
