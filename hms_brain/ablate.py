@@ -19,7 +19,8 @@ from .batches import votes_of
 from .core import VOTE_COLUMNS, InputError, atomic_path, parallel_map, rng_for
 from .dataset import WindowCache, prepare
 from .simset import simulate_dataset
-from .train import Recipe, Run, train
+from .recipe import Recipe
+from .train import Run, train
 from .trials import judge
 
 # %% ../nbs/42_ablate.ipynb #a0672203

@@ -6,7 +6,7 @@ Docs: https://hms-brain.github.io/hms_brain/augment.html.md"""
 
 # %% auto #0
 __all__ = ['MIRROR', 'REGIONS_SWAPPED', 'mirror_window', 'shift_window', 'crop_window', 'amplify', 'narrow', 'mask_image',
-           'augment_window']
+           'augment_window', 'mix_windows']
 
 # %% ../nbs/21_augment.ipynb #76f402d9
 import numpy as np
@@ -126,3 +126,14 @@ def augment_window(
     eeg = shift_window(eeg, round(move * FS))
     if chance[3] < crop: eeg, image = crop_window(eeg, image, known, CONTEXT_S if chance[6] < .5 else None)
     return np.ascontiguousarray(eeg), np.ascontiguousarray(image)
+
+# %% ../nbs/21_augment.ipynb #47e5b5ba
+def mix_windows(
+    a: tuple[np.ndarray, np.ndarray],  # eeg (b, 19, n_times) and image (b, 3, 224, 224)
+    b: tuple[np.ndarray, np.ndarray],  # the windows to add
+    share: np.ndarray,  # (b,) of the first, 0..1
+) -> tuple[np.ndarray, np.ndarray]:  # new float32 arrays
+    "The sum of two batches, window by window, in signal and image."
+    s = np.asarray(share, np.float32)
+    eeg, image = (s.reshape(-1, *[1] * (x.ndim - 1)) * x + (1 - s).reshape(-1, *[1] * (x.ndim - 1)) * y for x, y in zip(a, b))
+    return eeg, np.where(a[1] < 0, b[1], np.where(b[1] < 0, a[1], image))

@@ -6,9 +6,9 @@ Docs: https://hms-brain.github.io/hms_brain/bundle.html.md"""
 
 # %% auto #0
 __all__ = ['FORMAT', 'MANIFEST', 'FILES', 'MEND', 'BATCH', 'SHAPES', 'PARITY', 'seal_files', 'read_bundle_files',
-           'compare_manifest', 'check_onnx', 'Bundle', 'check_inputs', 'softmax', 'open_session', 'parse',
-           'check_about', 'default_bundle', 'to_onnx', 'gate_windows', 'measure_parity', 'describe_parts', 'make_card',
-           'card_text', 'place_bundle', 'export_bundle']
+           'compare_manifest', 'check_onnx', 'Bundle', 'check_inputs', 'open_session', 'parse', 'check_about',
+           'default_bundle', 'to_onnx', 'gate_windows', 'measure_parity', 'describe_parts', 'make_card', 'card_text',
+           'place_bundle', 'export_bundle']
 
 # %% ../nbs/70_bundle.ipynb #ad02b8b0
 import hashlib
@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .core import CLASSES, NOTICE, InputError, find_root, get_settings, rng_for
+from .metrics import softmax
 from .models.core import without_weights
 from .preprocess import Preprocess
 from .runs import now, versions
@@ -174,16 +175,6 @@ def check_inputs(
         feed[name] = x
     if len({len(x) for x in feed.values()}) > 1: raise InputError("eeg and image are not of the same number of windows", mend="give one of each per window")
     return feed
-
-# %% ../nbs/70_bundle.ipynb #48fae68c
-def softmax(
-    logits: np.ndarray,  # (b, 6)
-    temperature: float = 1.0,  # divides the logits
-) -> np.ndarray:  # (b, 6) float64, rows sum to 1
-    "Probabilities in float64."
-    z = np.asarray(logits, dtype=np.float64) / temperature
-    p = np.exp(z - z.max(axis=1, keepdims=True))
-    return p / p.sum(axis=1, keepdims=True)
 
 # %% ../nbs/70_bundle.ipynb #d2291600
 def open_session(

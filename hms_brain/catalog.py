@@ -7,7 +7,7 @@ Docs: https://hms-brain.github.io/hms_brain/catalog.html.md"""
 # %% auto #0
 __all__ = ['OFFSETS', 'TRAIN_COLUMNS', 'TEST_COLUMNS', 'STRATA', 'DOWNLOAD_GB', 'TOKEN_MEND', 'train_schema', 'check_columns',
            'first_breach', 'read_table', 'find_table', 'read_train', 'read_test', 'submission_table', 'soft_votes',
-           'vote_stratum', 'class_prior', 'run_ids', 'label_runs', 'strata_table', 'patient_folds',
+           'vote_stratum', 'class_prior', 'run_ids', 'label_runs', 'spread_runs', 'strata_table', 'patient_folds',
            'kaggle_token_source', 'ask_kaggle', 'check_space', 'unpack', 'is_downloaded', 'download_competition']
 
 # %% ../nbs/03_catalog.ipynb #223d5dcb
@@ -194,6 +194,20 @@ def label_runs(
     off_centre = (df[OFFSETS[0]] - (df["first_offset"] + df["last_offset"]) / 2).abs()
     runs = df.loc[off_centre.groupby(df["run_id"]).idxmin()].reset_index(drop=True)
     return runs.assign(stratum=vote_stratum(runs["n_votes"].to_numpy()))
+
+# %% ../nbs/03_catalog.ipynb #cf46027a
+def spread_runs(
+    df: pd.DataFrame,  # rows of train.csv
+    n: int = 0,  # rows of each run, 3 or more; 0: all
+) -> pd.DataFrame:  # at most n rows per run, with run_id and n_votes
+    "Several rows per run, among them the one of `label_runs`. Raises `InputError` for fewer than 3."
+    if n and n < 3: raise InputError(f"{n} rows of each period", "per_period", "choose 1, 3 or more, or 0 for all")
+    df = df.reset_index(drop=True)
+    df = df.assign(run_id=run_ids(df), n_votes=df[list(VOTE_COLUMNS)].sum(axis=1)).sort_values(["run_id", OFFSETS[0]], kind="stable").reset_index(drop=True)
+    if not n: return df
+    at, size, middle = df.groupby("run_id").cumcount(), df.groupby("run_id")["run_id"].transform("size"), df["label_id"].isin(label_runs(df)["label_id"])
+    steps = (at * (n - 2) // (size - 1).clip(lower=1)).groupby(df["run_id"])
+    return df[middle | (size <= n) | (at == size - 1) | (steps.diff().fillna(1) > 0)].reset_index(drop=True)
 
 # %% ../nbs/03_catalog.ipynb #a32fa812
 def strata_table(

@@ -197,6 +197,7 @@ PIPELINES = {"download": ("The competition's files from Kaggle (26 GB; needs a t
              "crossval": ("Train once per fold: every window answered by a model that never saw its patient.", False),
              "evaluate": ("Scores of a run on its held-out patients, or of any table, beside experts.", True),
              "ablate": ("What each part of a recipe is worth, on several draws of the simulator.", False),
+             "search": ("Look for a better recipe with optuna; continues where it was interrupted.", False),
              "export": ("The bundle of a run.", True),
              "report": ("Everything about a run on one page, and its model card.", True)}
 for command, (purpose, takes_run) in PIPELINES.items(): add_pipeline(command, purpose, takes_run)

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from .catalog import OFFSETS, check_space, find_table, label_runs, patient_folds, read_train, run_ids, vote_stratum
+from .catalog import OFFSETS, check_space, find_table, label_runs, patient_folds, read_train, spread_runs, vote_stratum
 from .core import (CHANNELS, CLASSES, CONTEXT_S, FS, VOTE_COLUMNS, WINDOW_S, InputError, atomic_path, get_settings, parallel_map,
                             read_json, rng_for, setting_path, sha256_file, to_jsonable, write_json)
 from .records import read_context, read_recording
@@ -162,19 +162,20 @@ INDEX_COLUMNS = ("run_id", "eeg_id", "spectrogram_id", "patient_id", "label_id",
 
 def plan_rows(
     data: str | os.PathLike,  # folder in the HMS layout
-    rows: str | pd.DataFrame = "runs",  # "runs", "all", or a table like that of `label_runs`
+    rows: str | int | pd.DataFrame = "runs",  # "runs", "all", how many of each run, or a table like that of `label_runs`
     folds: int = 5,  # number of folds
     fold_seed: int = 0,  # shuffles the patients
     limit: int | None = None,  # at most so many windows, spread over the table
 ) -> pd.DataFrame:  # INDEX_COLUMNS, one row per window
     "Which windows a cache will hold, and in which fold. Raises `InputError`."
-    if isinstance(rows, str):
-        if rows not in ("runs", "all"): raise InputError(f"rows={rows!r} is neither 'runs' nor 'all'", mend="choose one of them")
-        train = read_train(data)
-        table = label_runs(train) if rows == "runs" else train.assign(run_id=run_ids(train), n_votes=train[list(VOTE_COLUMNS)].sum(axis=1))
-    else: table = rows.reset_index(drop=True)
+    if isinstance(rows, str) and rows not in ("runs", "all"): raise InputError(f"rows={rows!r} is neither 'runs' nor 'all'", mend="choose one of them")
+    train = None if isinstance(rows, pd.DataFrame) else read_train(data)
+    runs = rows.reset_index(drop=True) if train is None else label_runs(train)
+    table = runs if train is None or rows in ("runs", 1) else spread_runs(train, 0 if rows == "all" else int(rows))
     if table.empty: raise InputError("there is no window to prepare", Path(data), "check the table")
-    table = table.assign(stratum=vote_stratum(table["n_votes"].to_numpy()), fold=patient_folds(table, folds, fold_seed))[list(INDEX_COLUMNS)]
+    fold = patient_folds(runs, folds, fold_seed)  # by runs, so that they are the same however many rows of a run are kept
+    fold = fold if table is runs else table["patient_id"].map(dict(zip(runs["patient_id"], fold)))
+    table = table.assign(stratum=vote_stratum(table["n_votes"].to_numpy()), fold=fold)[list(INDEX_COLUMNS)]
     if limit is not None and limit < 1: raise InputError(f"a limit of {limit} leaves no window", mend="leave it out or choose 1 or more")
     if limit and limit < len(table): table = table.iloc[np.linspace(0, len(table) - 1, limit).round().astype(int)]
     return table.reset_index(drop=True)
@@ -224,7 +225,7 @@ def prepare(
     out: str | os.PathLike,  # folder of the cache
     preprocess=None,  # Preprocess; default: its defaults
     *,
-    rows: str | pd.DataFrame = "runs",  # "runs": one window per labelled period; "all"; or a table like that of `label_runs`
+    rows: str | int | pd.DataFrame = "runs",  # "runs": one window per labelled period; how many of each; "all"; or a table like that of `label_runs`
     workers: int | None = None,  # processes; default: [system] workers
     limit: int | None = None,  # at most so many windows, spread over the table
     folds: int | None = None,  # patient-disjoint folds; default: [dataset] folds

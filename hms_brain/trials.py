@@ -23,7 +23,8 @@ from .core import CHANNELS, CLASSES, FS, rng_for
 from .metrics import interval, kl_divergence, kl_rows, patient_draws
 from .preprocess import Preprocess
 from .records import Recording
-from .train import Recipe, Run, predict_rows
+from .recipe import Recipe
+from .train import Run, predict_rows
 
 # %% ../nbs/41_trials.ipynb #c57748b7
 def without_context(eeg: np.ndarray, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

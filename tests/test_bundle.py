@@ -15,7 +15,8 @@ from hms_brain.batches import SineCache
 from hms_brain.bundle import FILES, MANIFEST, PARITY, Bundle, check_onnx, default_bundle, export_bundle, gate_windows, seal_files, softmax
 from hms_brain.core import CLASSES, InputError, get_settings, rng_for
 from hms_brain.preprocess import Preprocess
-from hms_brain.train import Recipe, train
+from hms_brain.recipe import Recipe
+from hms_brain.train import train
 
 SMALL = {"stem": 4, "width": 16, "hidden": 8}
 

@@ -6,9 +6,10 @@ import pytest
 from hms_brain import batches, crossval as module
 from hms_brain.batches import SineCache, split_rows
 from hms_brain.core import CLASSES, VOTE_COLUMNS, InputError, read_json, rng_for
-from hms_brain.crossval import PROBABILITIES, Shuffled, audit, blend, crossval, crossval_table, fit_blend, out_of_fold, same_training
+from hms_brain.crossval import PROBABILITIES, audit, blend, crossval, crossval_table, fit_blend, out_of_fold, same_training, shuffled
 from hms_brain.metrics import kl_divergence
-from hms_brain.train import Recipe, Run
+from hms_brain.recipe import Recipe
+from hms_brain.train import Run
 
 SMALL = {"stem": 4, "width": 16, "hidden": 8}
 RECIPE = Recipe(epochs=1, batch_size=12, patience=0)
@@ -52,9 +53,9 @@ def test_the_audit_finds_leaks(tmp_path, monkeypatch):
     cache = SineCache()
     assert same_training(cache, RECIPE)
     everything = lambda cache, *a: (lambda s: batches.Split(s.train, s.valid, s.abstain, batches.soft_votes(batches.votes_of(cache, np.arange(len(cache)))).mean(0), s.weight))(split_rows(cache, *a))
-    monkeypatch.setattr("hms_brain.train.split_rows", everything)  # the prior of all patients
+    monkeypatch.setattr("hms_brain.recipe.split_rows", everything)  # the prior of all patients
     assert not same_training(cache, RECIPE)
-    monkeypatch.setattr("hms_brain.train.split_rows", lambda cache, *a: (lambda s: batches.Split(np.arange(len(cache)), s.valid, s.abstain, s.prior, s.weight))(split_rows(cache, *a)))
+    monkeypatch.setattr("hms_brain.recipe.split_rows", lambda cache, *a: (lambda s: batches.Split(np.arange(len(cache)), s.valid, s.abstain, s.prior, s.weight))(split_rows(cache, *a)))
     assert not same_training(cache, RECIPE)  # held-out windows among those trained on
     found = audit(cache, RECIPE, tmp_path / "control", SMALL)
     assert not found["passed"] and found["shared_patients"] == 1
@@ -63,8 +64,8 @@ def test_the_audit_finds_leaks(tmp_path, monkeypatch):
 def test_shuffled_votes_keep_their_numbers():
     cache = SineCache()
     split = split_rows(cache, 1)
-    shuffled = Shuffled(cache, split)
-    votes, other = (c.index[list(VOTE_COLUMNS)].to_numpy() for c in (cache, shuffled))
+    mixed = shuffled(cache, split)
+    votes, other = (c.index[list(VOTE_COLUMNS)].to_numpy() for c in (cache, mixed))
     assert np.array_equal(votes[split.valid], other[split.valid]) and np.array_equal(votes[split.train].sum(0), other[split.train].sum(0))
     assert (votes[split.train] != other[split.train]).any(1).mean() > 0.5
 

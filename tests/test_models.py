@@ -180,7 +180,7 @@ def test_fusion_without_a_part(windows):
 
 
 def test_fusion_without_a_part_is_exported(windows):
-    from hms_brain.bundle import softmax
+    from hms_brain.metrics import softmax
     model = made("fusion")
     session = open_session(to_onnx(model), 1, "fusion")
     for eeg, image in ((0.0, 1.0), (1.0, 0.0), (0.0, 0.0)):

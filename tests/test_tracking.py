@@ -5,7 +5,8 @@ from hms_brain.batches import SineCache
 from hms_brain.core import InputError, read_json
 from hms_brain.crossval import crossval
 from hms_brain.tracking import follow, parameters_of, parse_mirrors, track
-from hms_brain.train import Recipe, train
+from hms_brain.recipe import Recipe
+from hms_brain.train import train
 
 SMALL = {"stem": 4, "width": 16, "hidden": 8}
 RECIPE = Recipe(epochs=2, batch_size=12, patience=0)
