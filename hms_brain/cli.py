@@ -67,6 +67,7 @@ def print_prediction(prediction, recording):
     told = " ".join(prediction.warnings)
     for flag in prediction.quality:
         if flag["detail"] not in told: print(f"quality   {flag['kind']}: {flag['detail']}{' (' + ' '.join(flag['channels']) + ')' if flag['channels'] else ''}")
+    for doubt in prediction.doubts: print(f"doubt     {doubt['detail']}")
     for warning in prediction.warnings: print(f"note      {warning}")
 
 # %% ../nbs/90_cli.ipynb #98194591
