@@ -53,7 +53,7 @@ table { border-collapse: collapse } td, th { text-align: left; padding: .2rem .9
 footer { color: #555; margin-top: 2rem; font-size: .85rem; overflow-wrap: anywhere }</style>{{ script }}</head><body>
 <h1>{{ title }}</h1>
 <p class="notice"><strong>{{ notice }}</strong>{% if simulated %} The model was trained on simulated EEG only.{% endif %}</p>
-{% if reasons %}<p class="abstained"><strong>The model was not asked:</strong> {{ reasons | join("; ") }}. The numbers are the training prior.</p>{% endif %}
+{% if reasons %}<p class="abstained"><strong>There is no answer of the model:</strong> {{ reasons | join("; ") }}. The numbers are the training prior.</p>{% endif %}
 {% for d in doubts %}<p class="notice"><strong>Doubt:</strong> {{ d.detail }}.</p>{% endfor %}
 <h2>Expected expert votes</h2><div class="two"><div>{{ bars }}</div><div><table><tr><th>class</th><th>share of votes</th></tr>
 {% for name, p in votes %}<tr><td>{{ name }}</td><td class="n">{{ "%.3f" | format(p) }}</td></tr>{% endfor %}</table></div></div>

@@ -29,10 +29,10 @@ from .uncertainty import doubts, entropy
 class Prediction:
     "Six expert votes for one 50-s window, and what to know about them."
     probabilities: dict[str, float]  # class -> expected share of the votes; sums to 1
-    predicted: str | None  # the class with the highest probability; None when the gate abstained
+    predicted: str | None  # the class with the highest probability; None when abstained
     quality: tuple[dict, ...]  # flags of the signal: kind, detail, channels
     abstained: bool  # True: the answer is the training prior, not the model's
-    reasons: tuple[str, ...]  # why the gate abstained
+    reasons: tuple[str, ...]  # why, of the gate before the model or of a doubt after it
     bundle: dict  # name, sha256, simulated
     warnings: tuple[str, ...]  # what a reader must be told
     at: float  # centre of the window, s from the beginning of the file
@@ -64,12 +64,12 @@ def as_votes(
 def warn(
     bundle: Bundle,  # the model
     recording: Recording,  # what was read
-    reasons: tuple[str, ...],  # why the gate abstained; empty when it did not
+    reasons: tuple[str, ...],  # why there is no answer; empty when there is one
 ) -> tuple[str, ...]:  # sentences
     "Everything a reader must be told beside an answer."
     origin = ("Trained on simulated EEG only.",) if bundle.simulated else ()
     repairs = tuple(f"{issue.kind}: {issue.detail}" for issue in recording.issues)
-    return (*origin, NOTICE, *repairs, *(f"The model was not asked: {reason}." for reason in reasons))
+    return (*origin, NOTICE, *repairs, *(f"There is no answer of the model: {reason}." for reason in reasons))
 
 # %% ../nbs/71_predict.ipynb #98a6c300
 def read_by_rules(
@@ -98,10 +98,11 @@ class Predictor:
     def __init__(self,
         bundle: Bundle | str | os.PathLike | None = None,  # a bundle or its folder; default: [models] bundle, else the packaged one
         threads: int | None = None,  # threads of the network; default: [system] threads
+        abstain_on: tuple[str, ...] = (),  # kinds of doubt that withhold the answer: unfamiliar, undecided, rules
     ):
         self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.load(bundle or default_bundle())
         self.threads = threads or get_settings().system.threads
-        self.preprocess = self.bundle.preprocess
+        self.preprocess, self.abstain_on = self.bundle.preprocess, abstain_on
 
     def warm(self) -> "Predictor":
         "Load what the first answer would wait for: the runtime and the filters."
@@ -145,10 +146,11 @@ class Predictor:
         begin = time.perf_counter()
         x = self.inputs(recording, at, context)
         (p,), (features,) = self.answers([x])
-        votes = as_votes(p)
         known, measured, doubtful = (None, None, ()) if x.abstain else assess(self.bundle, x, p, features)
-        return Prediction(probabilities=votes, predicted=None if x.abstain else max(votes, key=votes.__getitem__), quality=tuple(asdict(flag) for flag in x.flags),
-                          abstained=x.abstain, reasons=tuple(x.reasons), bundle=self.bundle.identity(), warnings=warn(self.bundle, recording, x.reasons),
+        reasons = (*x.reasons, *(f"{d['kind']}: {d['detail']}" for d in doubtful if d["kind"] in self.abstain_on))
+        votes = as_votes(self.bundle.prior if reasons else p)
+        return Prediction(probabilities=votes, predicted=None if reasons else max(votes, key=votes.__getitem__), quality=tuple(asdict(flag) for flag in x.flags),
+                          abstained=bool(reasons), reasons=reasons, bundle=self.bundle.identity(), warnings=warn(self.bundle, recording, reasons),
                           at=round(recording.start + x.at, 3), seconds=round(time.perf_counter() - begin, 4),
                           uncertainty=known, measured=measured, doubts=doubtful)
 
