@@ -197,6 +197,7 @@ PIPELINES = {"download": ("The competition's files from Kaggle (26 GB; needs a t
              "train": ("Train a model; leaves a run with its bundle.", False),
              "crossval": ("Train once per fold: every window answered by a model that never saw its patient.", False),
              "evaluate": ("Scores of a run on its held-out patients.", True),
+             "explain": ("Why a model answers as it does: one page for one window.", True),
              "ablate": ("What each part of a recipe is worth, on several draws of the simulator.", False),
              "export": ("The bundle of a run.", True)}
 for command, (purpose, takes_run) in PIPELINES.items(): add_pipeline(command, purpose, takes_run)
