@@ -67,6 +67,7 @@ def print_prediction(prediction, recording):
     told = " ".join(prediction.warnings)
     for flag in prediction.quality:
         if flag["detail"] not in told: print(f"quality   {flag['kind']}: {flag['detail']}{' (' + ' '.join(flag['channels']) + ')' if flag['channels'] else ''}")
+    for doubt in prediction.doubts: print(f"doubt     {doubt['detail']}")
     for warning in prediction.warnings: print(f"note      {warning}")
 
 # %% ../nbs/90_cli.ipynb #98194591
@@ -196,6 +197,7 @@ PIPELINES = {"download": ("The competition's files from Kaggle (26 GB; needs a t
              "train": ("Train a model; leaves a run with its bundle.", False),
              "crossval": ("Train once per fold: every window answered by a model that never saw its patient.", False),
              "evaluate": ("Scores of a run on its held-out patients, or of any table, beside experts.", True),
+             "explain": ("Why a model answers as it does: one page for one window.", True),
              "ablate": ("What each part of a recipe is worth, on several draws of the simulator.", False),
              "search": ("Look for a better recipe with optuna; continues where it was interrupted.", False),
              "export": ("The bundle of a run.", True),

@@ -24,6 +24,7 @@ from .core import CLASSES, VOTE_COLUMNS, InputError, atomic_path, rng_for, write
 from .metrics import PROBABILITIES, bootstrap_by_patient, kl_divergence, kl_rows, softmax
 from .recipe import Recipe
 from .runs import record_run
+from .scaling import cross_fit, logits_of
 from .tracking import follow, track
 from .train import Run, train
 
@@ -175,7 +176,7 @@ class Blend:
         p: np.ndarray,  # (m, n, 6) probabilities of m models
     ) -> np.ndarray:  # (n, 6) rows sum to 1
         "The mixture of several answers."
-        return softmax(np.log(np.maximum(np.tensordot(self.weights, p, 1), 1e-12)) + self.bias)
+        return softmax(logits_of(np.tensordot(self.weights, p, 1)) + self.bias)
 
 # %% ../nbs/42_crossval.ipynb #0768abe6
 def fit_blend(
@@ -199,11 +200,4 @@ def blend(
     weight: np.ndarray | None = None,  # (n,) of the windows
 ) -> tuple[np.ndarray, dict[int, Blend]]:  # (n, 6) blended out of fold; the blend of each fold
     "Blend each fold with what the others taught. Raises `InputError` for fewer than two folds."
-    folds, weight = np.unique(fold), np.ones(len(y)) if weight is None else weight
-    if len(folds) < 2: raise InputError(f"{len(folds)} fold", "fold", "a blend out of fold needs two or more")
-    q, blends = np.empty_like(y), {}
-    for f in folds:
-        other, here = fold != f, fold == f
-        blends[int(f)] = fit_blend(p[:, other], y[other], weight[other])
-        q[here] = blends[int(f)](p[:, here])
-    return q, blends
+    return cross_fit(fit_blend, p, y, fold, weight)

@@ -34,7 +34,7 @@ def write_csv(
 ):
     "Six probabilities per window, with the model and the flags beside them."
     rows = [{"at_seconds": p.at, **p.probabilities, "predicted": p.predicted or "", "abstained": p.abstained,
-             "quality": " | ".join(f["kind"] for f in p.quality), "bundle": p.bundle["name"], "bundle_sha256": p.bundle["sha256"],
+             "quality": " | ".join(f["kind"] for f in p.quality), "doubts": " | ".join(d["kind"] for d in p.doubts), "bundle": p.bundle["name"], "bundle_sha256": p.bundle["sha256"],
              "simulated_training": p.bundle["simulated"], "notice": NOTICE} for p in predictions]
     with atomic_path(path) as tmp, open(tmp, "w", newline="", encoding="utf-8") as f:
         table = csv.DictWriter(f, list(rows[0]))
@@ -53,7 +53,8 @@ table { border-collapse: collapse } td, th { text-align: left; padding: .2rem .9
 footer { color: #555; margin-top: 2rem; font-size: .85rem; overflow-wrap: anywhere }</style>{{ script }}</head><body>
 <h1>{{ title }}</h1>
 <p class="notice"><strong>{{ notice }}</strong>{% if simulated %} The model was trained on simulated EEG only.{% endif %}</p>
-{% if reasons %}<p class="abstained"><strong>The model was not asked:</strong> {{ reasons | join("; ") }}. The numbers are the training prior.</p>{% endif %}
+{% if reasons %}<p class="abstained"><strong>There is no answer of the model:</strong> {{ reasons | join("; ") }}. The numbers are the training prior.</p>{% endif %}
+{% for d in doubts %}<p class="notice"><strong>Doubt:</strong> {{ d.detail }}.</p>{% endfor %}
 <h2>Expected expert votes</h2><div class="two"><div>{{ bars }}</div><div><table><tr><th>class</th><th>share of votes</th></tr>
 {% for name, p in votes %}<tr><td>{{ name }}</td><td class="n">{{ "%.3f" | format(p) }}</td></tr>{% endfor %}</table></div></div>
 <h2>What was read</h2><table>{% for key, value in facts %}<tr><th>{{ key }}</th><td>{{ value }}</td></tr>{% endfor %}</table>
@@ -78,7 +79,7 @@ def write_report(
     facts = [("length", f"{recording.file_duration:.1f} s"), ("window", f"50 s around second {prediction.at:g}"), ("rate", f"{recording.fs:g} Hz"),
              ("reference", recording.reference), ("identity", recording.id), *((f"{i.kind}", i.detail) for i in recording.issues)]
     page = Environment(autoescape=True).from_string(PAGE).render(
-        title=title, notice=NOTICE, simulated=prediction.bundle["simulated"], reasons=prediction.reasons, facts=facts, flags=prediction.quality,
+        title=title, notice=NOTICE, simulated=prediction.bundle["simulated"], reasons=prediction.reasons, doubts=prediction.doubts, facts=facts, flags=prediction.quality,
         votes=[(CLASS_LABELS[c], p) for c, p in prediction.probabilities.items()], bundle=prediction.bundle,
         script=Markup(f"<script>{get_plotlyjs()}</script>"), bars=draw(plot_probabilities(prediction.probabilities)),
         page=draw(plot_page(recording, at)), regions=draw(plot_regions(times + recording.start, power, prediction.at)))

@@ -51,13 +51,13 @@ def kl_divergence(
 
 # %% ../nbs/40_metrics.ipynb #13913b23
 def softmax(
-    logits: np.ndarray,  # (b, 6)
+    logits: np.ndarray,  # (..., 6)
     temperature: float = 1.0,  # divides the logits
-) -> np.ndarray:  # (b, 6) float64, rows sum to 1
+) -> np.ndarray:  # (..., 6) float64, rows sum to 1
     "Probabilities in float64."
     z = np.asarray(logits, dtype=np.float64) / temperature
-    p = np.exp(z - z.max(axis=1, keepdims=True))
-    return p / p.sum(axis=1, keepdims=True)
+    p = np.exp(z - z.max(axis=-1, keepdims=True))
+    return p / p.sum(axis=-1, keepdims=True)
 
 # %% ../nbs/40_metrics.ipynb #5d19f55f
 def expected_kl(

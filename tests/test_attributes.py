@@ -1,4 +1,5 @@
 """Measured attributes: what was put in is measured back, nothing breaks them, the written rules decide as written."""
+import json
 import time
 from dataclasses import replace
 
@@ -8,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import kurtosis
 
-from hms_brain.attributes import RULES, WindowAttributes, acns_term, autocorrelation, leading_cycle, measure_attributes
+from hms_brain.attributes import RULES, WindowAttributes, acns_term, autocorrelation, leading_cycle, measure_attributes, rate_scores, typical_rate
 from hms_brain.core import CHANNELS, CLASSES, FS, InputError
-from hms_brain.signal import bandpass
-from hms_brain.simulate import simulate_recording
+from hms_brain.signal import apply_montage, bandpass
+from hms_brain.simulate import simulate, simulate_recording
 
 T = np.arange(0, 10, 1 / FS)
 LEFT = [i for i, c in enumerate(CHANNELS) if c[-1] in "13579"]
@@ -148,3 +149,45 @@ def test_rules_find_what_was_simulated():
 def test_flat_has_no_rhythm():
     assert leading_cycle(np.zeros(100), 100.)[2] == 0
     assert acns_term(measure_attributes(np.zeros((19, 2000)))).label == "other"
+
+
+@pytest.mark.parametrize("rate", [.6, 1.0, 1.4, 2.2, 3.1, 6.0])
+def test_the_typical_rate_is_no_fraction_of_itself(rate):
+    "Every third cycle is louder: the rate is still that of all of them."
+    phase = 2 * np.pi * rate * T
+    wave = 30 * np.sin(phase) * (1 + .6 * (np.floor(rate * T) % 3 == 0))
+    found, score = typical_rate(page(wave))
+    assert abs(found / rate - 1) < .04 and 0 < score <= 2
+
+
+def test_the_score_of_a_rhythm_is_that_of_its_cycle():
+    r = np.cos(2 * np.pi * 2.0 * np.arange(450) / 100)
+    scores = rate_scores(r, 100.)
+    assert abs(np.geomspace(.4, 12, 260)[scores.argmax()] - 2) < .05 and scores.max() == pytest.approx(2, abs=.02)
+    assert typical_rate(np.zeros((19, 2000))) == (0.0, 0.0)
+    for bad in (np.zeros((18, 2000)), np.zeros((19, 100)), np.zeros(19)):
+        with pytest.raises(InputError): typical_rate(bad)
+
+
+@pytest.mark.slow
+def test_rate_and_side_of_simulated_patterns():
+    """Ten seconds without artefacts that hold at least six cycles of a clear pattern, 24 patients of each class: the rate is within 0.25 Hz of the typical
+    interval's in nine of ten, and the side is right in nine of ten wherever one side clearly has more."""
+    rates, sides = [], []
+    for pattern in ("lpd", "gpd", "lrda", "grda", "seizure"):
+        for patient in range(24):
+            truth = simulate(77, pattern, 30, patient=patient, artefacts=False)
+            cycles = truth.cycles[(truth.cycles >= 10) & (truth.cycles < 20)]
+            if len(cycles) < 6: continue
+            eeg, alone = truth.recording.eeg[:, 2000:4000], (apply_montage(truth.pattern[:, 2000:4000]) ** 2).sum(1)
+            rates.append(abs(typical_rate(eeg)[0] - 1 / np.median(np.diff(cycles))) <= .25)
+            side = np.log(alone[[*range(4), *range(8, 12)]].sum() / alone[[*range(4, 8), *range(12, 16)]].sum())
+            if abs(side) > RULES["lateralized"].limit: sides.append(np.sign(measure_attributes(eeg).laterality) == np.sign(side))
+    assert len(rates) > 100 and np.mean(rates) >= .9 and len(sides) > 50 and np.mean(sides) >= .9
+
+
+def test_side_of_published_lpd(real):
+    "Three LPD windows of a public repository: the louder side is the one that is described. (Its rates: three of six within 0.25 Hz, not asserted.)"
+    for window in json.loads((real / "attributes/figure_lpd_examples_data.json").read_text()):
+        a = measure_attributes(np.array(window["mono_data"]), 100.)
+        assert ("left" if a.laterality > 0 else "right") == window["pred_lat"] and f"{window['pred_lat']} sided" in window["verbal_description"]

@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from hms_brain.batches import SineCache
-from hms_brain.bundle import FILES, MANIFEST, PARITY, Bundle, check_onnx, default_bundle, export_bundle, gate_windows, seal_files, softmax
+from hms_brain.bundle import FILES, MANIFEST, OPTIONAL, PARITY, Bundle, check_onnx, default_bundle, export_bundle, gate_windows, seal_files, softmax
 from hms_brain.core import CLASSES, InputError, get_settings, rng_for
 from hms_brain.preprocess import Preprocess
 from hms_brain.recipe import Recipe
+from hms_brain.scaling import Scaling
 from hms_brain.train import train
 
 SMALL = {"stem": 4, "width": 16, "hidden": 8}
@@ -41,7 +42,7 @@ def reseal(folder, **changed):
     "Write files and a manifest that fits them, as somebody with bad intentions would."
     for name, data in changed.items():
         (folder / name.replace("__", ".")).write_bytes(data)
-    files = {name: (folder / name).read_bytes() for name in FILES}
+    files = {name: (folder / name).read_bytes() for name in (*FILES, *OPTIONAL)}
     (folder / MANIFEST).write_bytes(seal_files(files))
 
 
@@ -53,7 +54,7 @@ def refusal(folder):
 
 
 def test_what_a_bundle_says(bundle, run):
-    assert bundle.classes == CLASSES and bundle.models == ("resnet1d_gru",) and bundle.inputs == ("eeg",) and bundle.temperature == 1
+    assert bundle.classes == CLASSES and bundle.models == ("resnet1d_gru",) and bundle.inputs == ("eeg",) and bundle.scaling == Scaling()
     assert bundle.identity() == {"name": "test", "sha256": bundle.sha256, "simulated": True}
     assert bundle.preprocess == Preprocess()
     np.testing.assert_allclose(bundle.prior, run.prior)
@@ -61,7 +62,7 @@ def test_what_a_bundle_says(bundle, run):
     assert "Trained on simulated EEG, research use only." in card and "hms train -p epochs=1" in card
     assert set(bundle.card["parity"]) == {"1", "2", "5", "64"} and max(bundle.card["parity"].values()) <= PARITY
     assert bundle.card["metrics"] == run.metrics and bundle.card["seed"] == 0
-    assert {p.name for p in bundle.folder.iterdir()} == {*FILES, MANIFEST}
+    assert {p.name for p in bundle.folder.iterdir()} == {*FILES, *OPTIONAL, MANIFEST} and bundle.uncertainty.windows == 12
 
 
 def test_answers_like_the_trained_network(bundle, run):
@@ -105,6 +106,21 @@ def test_unusable_inputs(bundle, eeg, says):
         bundle.predict_proba(eeg)
 
 
+def test_a_bundle_may_lack_its_uncertainty(copy):
+    (copy / OPTIONAL[0]).unlink()
+    (copy / MANIFEST).write_bytes(seal_files({name: (copy / name).read_bytes() for name in FILES}))
+    bare = Bundle.load(copy)
+    assert bare.uncertainty is None
+    (copy / OPTIONAL[0]).write_bytes(b"x")
+    assert OPTIONAL[0] in refusal(copy) and "does not belong" in refusal(copy)
+
+
+def test_a_bias_moves_the_answer(bundle):
+    eeg = gate_windows(("eeg",), 3)["eeg"]
+    biased = dataclasses.replace(bundle, about=bundle.about | {"bias": [5.0, -1, -1, -1, -1, -1]})
+    assert (biased.predict_proba(eeg, threads=1)[:, 0] > bundle.predict_proba(eeg, threads=1)[:, 0]).all()
+
+
 def test_sessions_are_shared(bundle):
     seen = []
     threads = [threading.Thread(target=lambda: seen.append(bundle.session(1))) for _ in range(6)]
@@ -115,7 +131,7 @@ def test_sessions_are_shared(bundle):
 
 def test_bit_flips_are_found(copy):
     rng = rng_for(0, "flips")
-    for name in (*FILES, MANIFEST):
+    for name in (*FILES, *OPTIONAL, MANIFEST):
         path, good = copy / name, (copy / name).read_bytes()
         for _ in range(30):
             at = int(rng.integers(len(good)))
@@ -128,7 +144,7 @@ def test_bit_flips_are_found(copy):
     Bundle.load(copy)
 
 
-@pytest.mark.parametrize("name", [*FILES, MANIFEST])
+@pytest.mark.parametrize("name", [*FILES, *OPTIONAL, MANIFEST])
 def test_missing_files_are_named(copy, name):
     (copy / name).unlink()
     assert name in refusal(copy) and "is missing" in refusal(copy)
@@ -149,7 +165,7 @@ def test_strangers_links_and_folders_are_refused(copy, tmp_path):
 
 @pytest.mark.parametrize("change", [
     {"format": 99}, {"format": None}, {"classes": list(CLASSES[::-1])}, {"inputs": []}, {"inputs": ["eeg", "../../x"]}, {"prior": [1, 0]},
-    {"prior": [-1, 2, 0, 0, 0, 0]}, {"temperature": 0}, {"temperature": "hot"}, {"inputs": None}, {"prior": ["a"]}])
+    {"prior": [-1, 2, 0, 0, 0, 0]}, {"temperature": 0}, {"bias": [0, 1]}, {"bias": [float("inf")] * 6}, {"bias": 3}, {"temperature": "hot"}, {"inputs": None}, {"prior": ["a"]}])
 def test_unknown_formats_are_refused_even_when_sealed(copy, change):
     about = json.loads((copy / "bundle.json").read_text()) | change
     reseal(copy, bundle__json=json.dumps(about).encode())
@@ -181,7 +197,7 @@ def test_code_in_model_files_does_not_run(copy, tmp_path):
 
     class Bomb:
         def __reduce__(self): return (open, (str(mark), "w"))
-    for name in FILES:
+    for name in (*FILES, *OPTIONAL):
         bad = shutil.copytree(copy, tmp_path / f"bomb-{name}")
         reseal(bad, **{name.replace(".", "__"): pickle.dumps(Bomb())})
         try:

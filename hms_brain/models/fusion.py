@@ -100,14 +100,18 @@ class Fusion(nn.Module):
         if self.frozen: self.parts.eval()
         return self
 
+    def weigh(self, answers: list[Output], present: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # of the parts, (b, 2) -> (b, 2, 6), (b, 2, width)
+        "How far each part is believed for each class, and the parts' tokens; 0 for an input that is absent."
+        there = present.unsqueeze(-1)
+        tokens = torch.stack([project(a.features) for project, a in zip(self.project, answers)], 1) * there
+        scores = tokens @ self.queries.T + (there - 1) * 1e4
+        return scores.softmax(1) * there, tokens
+
     def forward(self, eeg: torch.Tensor, image: torch.Tensor) -> Output:  # (b, 19, 10000) uV, (b, 3, 224, 224)
         present = parts_present(eeg, image)
         if self.training and self.drop: present = withhold(present, self.drop)
         answers = [part(eeg, image) for part in self.parts]
-        there = present.unsqueeze(-1)
-        tokens = torch.stack([project(a.features) for project, a in zip(self.project, answers)], 1) * there
-        scores = tokens @ self.queries.T + (there - 1) * 1e4
-        belief = scores.softmax(1) * there  # (b, 2, 6)
+        belief, tokens = self.weigh(answers, present)
         features = self.joint(tokens.flatten(1))
         logits = (belief * torch.stack([a.logits for a in answers], 1)).sum(1)
         return Output(logits + self.head(features) + self.bias, features, answers[0].attention)
