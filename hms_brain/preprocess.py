@@ -6,10 +6,12 @@ Docs: https://hms-brain.github.io/hms_brain/preprocess.html.md"""
 
 # %% auto #0
 __all__ = ['N_WINDOW', 'MARGIN_S', 'MIN_S', 'VERSION', 'ModelInput', 'long_gaps', 'placed', 'window_start', 'window_centres',
-           'given_context', 'own_context', 'carried', 'noticed', 'Settings', 'make_window', 'Preprocess']
+           'given_context', 'carried', 'noticed', 'Settings', 'Stretch', 'Preprocess']
 
 # %% ../nbs/15_preprocess.ipynb #a0123dd7
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -99,18 +101,6 @@ def given_context(
     offset = context[2] if len(context) > 2 and context[2] is not None else (times[0] + times[-1] - duration) / 2
     return times - offset - at, power
 
-# %% ../nbs/15_preprocess.ipynb #03bb22cd
-def own_context(
-    filtered: np.ndarray,  # (19, n) band-passed microvolts around the window, NaN in long gaps
-    first: int,  # sample of the recording where `filtered` begins
-    at: float,  # centre of the window, s of the recording
-) -> tuple[np.ndarray, np.ndarray]:  # times from the window's centre, s; power (4, 100, n_cols)
-    "The spectrogram of what the recording has within 5 min on both sides of a window."
-    begin, start, stop = first / FS, at - CONTEXT_S / 2, at + CONTEXT_S / 2
-    start += SPEC_STEP * np.ceil(max(0.0, begin - start) / SPEC_STEP)
-    times, power = regional_spectrogram(filtered, FS, None, start - begin, stop - begin)
-    return times + start - at, power
-
 # %% ../nbs/15_preprocess.ipynb #1e05bf33
 def carried(
     recording: Recording,  # with issues
@@ -159,27 +149,64 @@ class Settings:
             if not low < high < FS / 2: raise InputError(f"the band {low:g}-{high:g} Hz is impossible", "preprocessing", f"edges must rise and stay below {FS / 2:g} Hz")
 
 # %% ../nbs/15_preprocess.ipynb #376709ea
-def make_window(
-    settings: Settings,
-    raw: np.ndarray,  # (19, n) microvolts around the window, NaN where samples are missing
-    begin: int,  # sample of the recording where `raw` begins
-    first: int,  # sample of the recording where the window begins
-    mains: float | None = None,  # Hz to notch
-    context: tuple[np.ndarray, np.ndarray] | None = None,  # times from the centre, power; None: from `raw`
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # eeg (19, 10000), image (3, 224, 224), valid (10000,)
-    "Filter, cut, clip and draw one window."
-    filled, missing = fill_gaps(raw)
-    gone = long_gaps(missing)
-    if mains and settings.notch == "auto": filled = notch(filled, mains)
-    cut, margin = first - begin, int(MARGIN_S * FS)
-    near = slice(max(0, cut - margin), cut + N_WINDOW + margin)
-    slow = clip(bandpass(filled[:, near], settings.low, settings.high, FS, settings.order), settings.clip_uv)
-    wide = bandpass(filled, settings.spec_low, settings.spec_high, FS, settings.order)
-    wide[gone] = np.nan
-    absent = placed(gone, cut, True)
-    eeg = np.where(absent, np.float32(0), placed(slow, cut - near.start))
-    if context is None: context = own_context(wide, begin, (first + N_WINDOW // 2) / FS)
-    return eeg, regional_image(placed(wide, cut, np.nan), *context), absent.sum(0) <= MAX_DEAD
+class Stretch:
+    "A part of a recording, filtered once, from which windows are cut. Threads may share it."
+    def __init__(self,
+        settings: Settings,
+        raw: np.ndarray,  # (19, n) microvolts, NaN where samples are missing
+        begin: int,  # sample of the recording where `raw` begins
+        firsts: tuple[int, int],  # samples of the recording where the first and the last window begin
+    ):
+        self.settings, self.raw, self.begin, self.end = settings, raw, begin, begin + raw.shape[1]
+        self.filled, missing = fill_gaps(raw)
+        self.gone = long_gaps(missing)
+        margin, half = int(MARGIN_S * FS), int(CONTEXT_S * FS / 2)
+        self.near = slice(max(0, firsts[0] - begin - margin), firsts[1] - begin + N_WINDOW + margin)
+        self.reach = max(begin, firsts[0] + N_WINDOW // 2 - half), min(self.end, firsts[1] + N_WINDOW // 2 + half)
+        self.made: dict = {}
+        self.lock = Lock()
+
+    def bands(self, mains: float | None = None) -> tuple[np.ndarray, np.ndarray]:  # (19, near) clipped EEG; (19, n) for spectrograms, NaN in long gaps
+        "The two bands, made at the first request."
+        s, mains = self.settings, mains if self.settings.notch == "auto" else None
+        with self.lock:
+            if mains not in self.made:
+                x = notch(self.filled, mains) if mains else self.filled
+                wide = bandpass(x, s.spec_low, s.spec_high, FS, s.order)
+                wide[self.gone] = np.nan
+                self.made[mains] = clip(bandpass(x[:, self.near], s.low, s.high, FS, s.order), s.clip_uv), wide
+            return self.made[mains]
+
+    def columns(self, middle: int, mains: float | None = None) -> tuple[int, np.ndarray]:  # sample where the first column begins; power (4, 100, n_cols)
+        "The columns that lie on the grid of one window's centre, made at the first request."
+        step, wide = int(SPEC_STEP * FS), self.bands(mains)[1]
+        key = (mains if self.settings.notch == "auto" else None, middle % step)
+        with self.lock:
+            if key not in self.made:
+                start = self.reach[0] + (middle - self.reach[0]) % step
+                at = [(sample - self.begin) / FS for sample in (start, self.reach[1])]
+                self.made[key] = start, regional_spectrogram(wide, FS, None, *at)[1]
+            return self.made[key]
+
+    def context(self, middle: int, mains: float | None = None) -> tuple[np.ndarray, np.ndarray]:  # times from the centre, s; power (4, 100, n_cols)
+        "What the stretch has within 5 min on both sides of a window's centre."
+        step, half = int(SPEC_STEP * FS), int(CONTEXT_S * FS / 2)
+        start, power = self.columns(middle, mains)
+        first = max(0, (middle - half - start) // step)
+        last = (min(middle + half, self.end) - start) // step
+        return (start + step * np.arange(first, last) + step // 2 - middle) / FS, power[..., first:last]
+
+    def window(self,
+        first: int,  # sample of the recording where the window begins
+        mains: float | None = None,  # Hz to notch
+        context: tuple[np.ndarray, np.ndarray] | None = None,  # times from the centre, power; None: from the stretch
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # eeg (19, 10000), image (3, 224, 224), valid (10000,)
+        "Cut one window and draw its image."
+        cut, (slow, wide) = first - self.begin, self.bands(mains)
+        absent = placed(self.gone, cut, True)
+        eeg = np.where(absent, np.float32(0), placed(slow, cut - self.near.start))
+        if context is None: context = self.context(first + N_WINDOW // 2, mains)
+        return eeg, regional_image(placed(wide, cut, np.nan), *context), absent.sum(0) <= MAX_DEAD
 
 # %% ../nbs/15_preprocess.ipynb #841bf614
 @dataclass(frozen=True)
@@ -200,6 +227,18 @@ class Preprocess(Settings):
         if lost := sorted(names - set(settings)): raise InputError(f"no setting {lost[0]!r}", "preprocessing", "the bundle is incomplete: export it again")
         return cls(**settings)
 
+    def cut(self,
+        stretch: Stretch,  # with the window in it
+        first: int,  # sample of the recording where the window begins; negative when the recording is shorter than a window
+        n_times: int,  # samples of the recording
+        noted: Sequence[Flag] = (),  # what was noticed before
+        context: tuple[np.ndarray, np.ndarray] | None = None,  # times from the centre, power; None: from the stretch
+    ) -> ModelInput:
+        "The model's input for one window of a stretch."
+        quality = check_window(stretch.raw[:, max(first - stretch.begin, 0):first - stretch.begin + N_WINDOW])
+        signal, image, valid = stretch.window(first, quality.mains, context)
+        return ModelInput(signal, image, valid, (*noted, *quality.flags, *noticed(image, n_times)), quality.abstain, quality.reasons, (first + N_WINDOW // 2) / FS)
+
     def __call__(self,
         recording: Recording,  # at least 10 s
         at: float | None = None,  # centre of the window, s of the recording; None: its middle
@@ -209,10 +248,7 @@ class Preprocess(Settings):
         eeg = recording.eeg if recording.fs == FS else resample(recording.eeg, recording.fs, FS)
         first = window_start(eeg.shape[1], at)
         middle = first + N_WINDOW // 2
-        quality = check_window(eeg[:, max(first, 0):first + N_WINDOW])
         reach = int(((CONTEXT_S if context is None else WINDOW_S) / 2 + MARGIN_S) * FS)
         begin = max(0, middle - reach)
         columns = None if context is None else given_context(context, middle / FS, eeg.shape[1] / FS)
-        signal, image, valid = make_window(self, eeg[:, begin:middle + reach], begin, first, quality.mains, columns)
-        flags = (*carried(recording, middle / FS), *quality.flags, *noticed(image, eeg.shape[1]))
-        return ModelInput(signal, image, valid, flags, quality.abstain, quality.reasons, middle / FS)
+        return self.cut(Stretch(self, eeg[:, begin:middle + reach], begin, (first, first)), first, eeg.shape[1], carried(recording, middle / FS), columns)
