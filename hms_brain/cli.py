@@ -251,7 +251,7 @@ def doctor(as_json: JsonOption = False):
 
 @app.command()
 def bench(
-    topic: Annotated[str, typer.Argument(help="all, or simulate")] = "all",
+    topic: Annotated[str, typer.Argument(help="all, simulate or scan")] = "all",
     as_json: JsonOption = False,
 ):
     "Speed on this machine, beside peers in the same run."

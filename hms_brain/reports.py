@@ -65,7 +65,7 @@ def clock(
     seconds: float,  # from the beginning of the recording
 ) -> str:  # h:mm:ss
     "A time as people read it."
-    s = int(round(seconds))
+    s = round(float(seconds))
     return f"{s // 3600}:{s // 60 % 60:02d}:{s % 60:02d}"
 
 def describe(
