@@ -258,7 +258,7 @@ class Screen:
         sd, r, bipolar = moments(bandpass(filled, 0.5, 20.0, fs, order=4), fs, n, length)
         slow, fast, wide, *mains = (running(band_seconds(filled, fs, n), length - 1) / (length - 1)).transpose(1, 0, 2)
         typical, tiny = np.median(sd, -1), 1e-12
-        self.sound = ((running(missing.any(0).reshape(n, fs).any(-1), length) == 0) & (running(still, length) <= GAP_S * fs)
+        self.sound = ((running(np.asarray(missing.reshape(len(eeg), n, fs).any((0, 2))), length) == 0) & (running(still, length) <= GAP_S * fs)
                       & (running((np.ptp(cut, -1) < FLAT_UV).T, length) <= 0.5 * length).all(-1) & (sd < NOISY_RATIO / CLEAR * np.maximum(typical, PLAUSIBLE_UV[0])[:, None]).all(-1)
                       & (r > UNCORRELATED * CLEAR).all(-1) & (np.median(r, -1) > NOISE * CLEAR) & (bipolar > IDENTICAL_UV * CLEAR)
                       & (fast / 15 / (slow / 9 + tiny) < MUSCLE_RATIO / CLEAR).all(-1) & (np.maximum(*mains) / (wide + tiny) < MAINS_RATIO / CLEAR).all(-1)

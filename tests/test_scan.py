@@ -61,7 +61,7 @@ def compare(file, table, rows, predictor):
 def test_a_scan_is_single_answers(tmp_path, eeg, predictor, fs):
     "At the ends, at the borders of blocks, in mains, in the burst, where the electrode dies; at another rate as well."
     file = tmp_path / "a.edf"
-    write_edf(file, eeg if fs == 200 else store_elsewhere(eeg, fs))
+    write_edf(file, eeg if fs == 200 else store_elsewhere(eeg, fs, montage="referential"))
     scan = scan_file(file, tmp_path / "out", predictor, step=10, block=130, threads=1)
     assert scan.table["at"].tolist() == list(range(25, 396, 10)) and len(plan_scan(420, 10, 130).blocks) == 3
     assert "mains" in " ".join(scan.table.quality) and "flat" in " ".join(scan.table.quality)
