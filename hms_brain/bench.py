@@ -6,7 +6,7 @@ Docs: https://hms-brain.github.io/hms_brain/bench.html.md"""
 
 # %% auto #0
 __all__ = ['TOPICS', 'seconds', 'row', 'mne_regions', 'simulate_example', 'simulation_rate', 'command_rows', 'part_rows',
-           'machine_row', 'measure_simulation', 'measure']
+           'machine_row', 'measure_simulation', 'measure', 'mne_windows', 'measure_scan']
 
 # %% ../nbs/87_bench.ipynb #6c994580
 import os
@@ -23,8 +23,10 @@ from statistics import median
 import numpy as np
 
 from .core import CONTEXT_S, FS, HMS_COLUMNS, parallel_map, rng_for
+from .exports import write_edf
 from .predict import Predictor
 from .records import Recording, read_recording
+from .scan import plan_scan, scan_file
 from .simset import draw_plan, label_clip, raters
 from .simulate import simulate, simulate_recording
 from .spectrogram import regional_spectrogram, regional_table
@@ -137,5 +139,52 @@ def measure() -> list[dict]:  # rows: what, seconds, peer, peer_seconds, times_f
         pd.DataFrame(minutes.signal[:, :10000].T, columns=list(minutes.channels)).to_parquet(file)
         return [machine_row(), *command_rows(file), *part_rows(file, minutes)]
 
+# %% ../nbs/87_bench.ipynb #0d7e0ac7
+def mne_windows(
+    file: Path,  # an EDF
+    predictor: Predictor,
+    firsts: list[int],  # samples where the windows begin
+) -> tuple[float, float]:  # s for the whole file, s per window
+    "An MNE pipeline, timed: what is done once and what is done for each window."
+    import mne
+    from mne.time_frequency import psd_array_multitaper
+    begin = time.perf_counter()
+    eeg = mne.io.read_raw_edf(file, preload=True, verbose="error").get_data()[:19] * 1e6
+    mne_regions(eeg)
+    once = time.perf_counter() - begin
+    begin = time.perf_counter()
+    for first in firsts:
+        for length, hop in ((400, 45), (200, 9)):
+            part = eeg[:16, first:first + 10_000] if length == 400 else eeg[:16, first + 4000:first + 6000]
+            windows = np.ascontiguousarray(np.lib.stride_tricks.sliding_window_view(part, length, axis=-1)[:, ::hop])
+            psd_array_multitaper(windows, FS, fmin=0.5, fmax=20, bandwidth=4 * FS / length, verbose="error")
+        predictor.bundle.predict_proba(eeg[None, :, first:first + 10_000].astype(np.float32), np.zeros((1, 3, 224, 224), np.float32), threads=1)
+    return once, (time.perf_counter() - begin) / len(firsts)
+
+def measure_scan(
+    minutes: float = 20.0,  # length of the simulated recording
+    step: float = 2.0,  # s
+    n: int = 12,  # windows that the peers are timed on
+) -> list[dict]:  # rows as of `measure`, seconds per hour of EEG
+    "A whole recording against the same model window by window, and against MNE."
+    from threadpoolctl import threadpool_limits
+    predictor, rows = Predictor(threads=1).warm(), [machine_row()]
+    with tempfile.TemporaryDirectory() as folder, threadpool_limits(1):
+        file, recording = Path(folder) / "long.edf", simulate_recording(seed=0, pattern="gpd", duration=60 * minutes)
+        write_edf(file, recording)
+        hour, windows = 60 / minutes, plan_scan(60 * minutes, step).firsts
+        chosen = [int(w) for w in windows[np.linspace(0, len(windows) - 1, n).astype(int)]]
+        begin = time.perf_counter()
+        for first in chosen: predictor(recording, first / FS + 25)
+        loop = (time.perf_counter() - begin) / n * len(windows) * hour
+        once, each = mne_windows(file, predictor, chosen)
+        for threads in (1, 2):
+            begin = time.perf_counter()
+            scan_file(file, Path(folder) / f"scan{threads}", predictor, step, threads=threads)
+            ours = (time.perf_counter() - begin) * hour
+            for name, peer in (("predict per window, 1 thread", loop), ("MNE pipeline, 1 thread", (once + each * len(windows)) * hour)):
+                rows.append({"what": f"scan of an hour, {threads} thread(s)", "seconds": round(ours, 1), "peer": name, "peer_seconds": round(peer, 1), "times_faster": round(peer / ours, 2)})
+    return rows
+
 # %% ../nbs/87_bench.ipynb #9e15195f
-TOPICS = {"all": measure, "simulate": measure_simulation}  # what `hms bench` can be asked
+TOPICS = {"all": measure, "simulate": measure_simulation, "scan": measure_scan}  # what `hms bench` can be asked

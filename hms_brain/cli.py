@@ -6,8 +6,8 @@ Docs: https://hms-brain.github.io/hms_brain/cli.html.md"""
 
 # %% auto #0
 __all__ = ['app', 'FileArg', 'JsonOption', 'PIPELINES', 'say', 'print_json', 'print_table', 'parse_channels', 'print_prediction',
-           'predict', 'sample_path', 'demo', 'simulate', 'spectrogram', 'score', 'PipelineCommand', 'add_pipeline',
-           'doctor', 'bench', 'lab', 'version', 'root', 'main']
+           'predict', 'scan', 'sample_path', 'demo', 'simulate', 'spectrogram', 'score', 'PipelineCommand',
+           'add_pipeline', 'doctor', 'bench', 'lab', 'version', 'root', 'main']
 
 # %% ../nbs/90_cli.ipynb #efd7349a
 import json
@@ -91,6 +91,46 @@ def predict(
     if as_json: print_json(prediction.to_dict())
     else: print_prediction(prediction, recording)
     if out: say(f"wrote     {out}")
+
+# %% ../nbs/90_cli.ipynb #d8a3a8bc
+@app.command()
+def scan(
+    source: Annotated[str, typer.Argument(help="a recording, a folder, or a pattern such as 'archive/*.edf'")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="folder for the results")],
+    step: Annotated[float, typer.Option(help="s between windows")] = 2.0,
+    bundle: Annotated[Path | None, typer.Option(help="folder of a bundle; default: the packaged one")] = None,
+    threads: Annotated[int | None, typer.Option(help="default: [system] threads")] = None,
+    annotated: Annotated[bool, typer.Option(help="also write a copy of the recording with its events")] = False,
+    reference: Annotated[Path | None, typer.Option(help="a reader's marks (TSV of SzCORE or BIDS): score the seizures")] = None,
+    cluster: Annotated[str | None, typer.Option(help="address of a dask scheduler, for archives; default: processes of this machine")] = None,
+    channel: Annotated[list[str] | None, typer.Option(metavar="LABEL=ELECTRODE", help="map a channel by hand, as often as needed")] = None,
+    unit: Annotated[str | None, typer.Option(help="unit of the samples where the file is silent or wrong")] = None,
+    as_json: JsonOption = False,
+):
+    "Classify whole recordings: six probabilities every step, events, burden per hour, reports."
+    from hms_brain.archive import is_archive, scan_archive
+    if is_archive(source):
+        if reference: raise InputError("belongs to one recording", "--reference", "scan the recordings one by one")
+        ledger = scan_archive(source, out, bundle=bundle, step=step, cluster=cluster, annotated=annotated, progress=True, channel_map=parse_channels(channel), unit=unit)
+        counts = ledger["counts"]
+        if as_json: print_json(ledger)
+        else: print_table([{"recordings": sum(counts.values()), **counts}])
+        if counts["set_aside"]: raise RunFailed(f"{counts['set_aside']} recordings were set aside; {out / 'archive.json'} says why")
+        return
+    if cluster: raise InputError("spreads the recordings of an archive", "--cluster", "name a folder or a pattern")
+    from hms_brain.events import find_events, score_events
+    from hms_brain.predict import Predictor
+    from hms_brain.reports import write_scan
+    from hms_brain.scan import scan_file
+    done = scan_file(source, out, Predictor(bundle), step, threads=threads, progress=True, channel_map=parse_channels(channel), unit=unit)
+    files = write_scan(out, done, source if annotated else None)
+    answer = done.summary() | ({"scores": score_events(reference, find_events(done.table, done.step), done.duration)} if reference else {})
+    if as_json: print_json(answer | {"files": [p.name for p in files], "notice": NOTICE})
+    else:
+        print_table([{"what": k, "value": v} for k, v in answer.items() if k != "scores"])
+        if reference: print_table([{"scores": k, **v} for k, v in answer["scores"].items() if isinstance(v, dict)])
+        say(f"wrote     {out}: {', '.join(p.name for p in files)}")
+        say(NOTICE)
 
 # %% ../nbs/90_cli.ipynb #d83f0e45
 def sample_path() -> Path:
@@ -215,7 +255,7 @@ def doctor(as_json: JsonOption = False):
 
 @app.command()
 def bench(
-    topic: Annotated[str, typer.Argument(help="all, or simulate")] = "all",
+    topic: Annotated[str, typer.Argument(help="all, simulate or scan")] = "all",
     as_json: JsonOption = False,
 ):
     "Speed on this machine, beside peers in the same run."

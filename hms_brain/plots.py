@@ -6,7 +6,7 @@ Docs: https://hms-brain.github.io/hms_brain/plots.html.md"""
 
 # %% auto #0
 __all__ = ['CLASS_COLORS', 'CLASS_COLORS_SAFE', 'REGION_NAMES', 'page_traces', 'row_offsets', 'plot_page', 'plot_regions',
-           'plot_probabilities']
+           'plot_probabilities', 'scan_bins', 'plot_scan']
 
 # %% ../nbs/52_plots.ipynb #5a791ae3
 from typing import TYPE_CHECKING
@@ -122,4 +122,47 @@ def plot_probabilities(
                               text=[f"{v:.2f}" for v in values], textposition="outside", cliponaxis=False, hoverinfo="skip"))
     figure.update_xaxes(range=[0, 1], title="share of expert votes", gridcolor="#e0e0e0")
     figure.update_layout(height=280, plot_bgcolor="white", margin=dict(l=80, r=40, t=20, b=45), showlegend=False)
+    return figure
+
+# %% ../nbs/52_plots.ipynb #139cb788
+def scan_bins(
+    table,  # DataFrame of a scan: at, six classes, abstained, reasons
+    duration: float,  # of the recording, s
+    n: int = 480,  # bins at most
+) -> tuple[np.ndarray, np.ndarray]:  # edges (m + 1,) s; shares (m, 8): six classes, poor signal, no data; rows sum to 1, or to 0 without windows
+    "Mean answers of stretches of a recording."
+    at, edges = table["at"].to_numpy(), np.linspace(0, duration, max(1, min(n, len(table))) + 1)
+    absent = (table.abstained & table.reasons.str.contains("no sample|of the window is missing|unreadable")).to_numpy(bool)
+    poor = table.abstained.to_numpy(bool) & ~absent
+    values = np.column_stack([table[list(CLASSES)].to_numpy() * ~(poor | absent)[:, None], poor, absent])
+    place = np.minimum(np.searchsorted(edges, at, side="right") - 1, len(edges) - 2)
+    total, count = np.zeros((len(edges) - 1, 8)), np.bincount(place, minlength=len(edges) - 1)
+    np.add.at(total, place, values)
+    return edges, total / np.maximum(count, 1)[:, None]
+
+def plot_scan(
+    table,  # DataFrame of a scan
+    duration: float,  # of the recording, s
+    events=(),  # of `find_events`
+    colors: dict[str, str] = CLASS_COLORS,  # or CLASS_COLORS_SAFE
+) -> "Figure":  # two panels over one axis of time
+    "The six-class overview of a recording and its events."
+    from plotly.subplots import make_subplots
+    import plotly.graph_objects as go
+    edges, shares = scan_bins(table, duration)
+    unit, name = (3600, "hours") if duration > 5400 else (60, "minutes")
+    figure = make_subplots(rows=2, cols=1, shared_xaxes=True, row_heights=[0.6, 0.4], vertical_spacing=0.06)
+    looks = [(CLASS_LABELS[c], dict(color=colors[c])) for c in CLASSES] + [("poor signal", dict(color="#9a9a9a")), ("no data", dict(color="#ffffff", pattern=dict(shape="/", fgcolor="#555555", size=6)))]
+    for (label, marker), y in zip(looks, shares.T):
+        if y.any() or label in CLASS_LABELS.values():
+            figure.add_trace(go.Bar(x=(edges[:-1] + edges[1:]) / 2 / unit, y=np.round(y, 3), width=float(edges[1] / unit), name=label, marker={**marker, "line": {"width": 0}}), row=1, col=1)
+    for kind in CLASSES[:-1]:
+        mine = [e for e in events if e.kind == kind]
+        figure.add_trace(go.Bar(base=[e.start / unit for e in mine], x=[max(e.duration, duration / 800) / unit for e in mine], y=[CLASS_LABELS[kind]] * len(mine), orientation="h", width=0.7, showlegend=False,
+                                marker=dict(color=colors[kind]), hovertext=[f"{e.start:.0f} to {e.stop:.0f} s, mean {e.confidence:.2f}" for e in mine], hoverinfo="text+y"), row=2, col=1)
+    figure.update_yaxes(title="share of votes", range=[0, 1], row=1, col=1)
+    figure.update_yaxes(type="category", categoryorder="array", categoryarray=[CLASS_LABELS[c] for c in reversed(CLASSES[:-1])], range=[-0.5, 4.5], row=2, col=1)
+    figure.update_xaxes(range=[0, duration / unit], gridcolor="#e0e0e0")
+    figure.update_xaxes(title=name, row=2, col=1)
+    figure.update_layout(barmode="stack", bargap=0, height=520, plot_bgcolor="white", margin=dict(l=80, r=20, t=30, b=45), legend=dict(orientation="h", y=1.1))
     return figure

@@ -6,9 +6,9 @@ Docs: https://hms-brain.github.io/hms_brain/quality.html.md"""
 
 # %% auto #0
 __all__ = ['MAX_DEAD', 'FLAT_UV', 'GAP_S', 'MAX_MISSING', 'CLIPPED', 'MAINS_RATIO', 'PLAUSIBLE_UV', 'NOISY_RATIO', 'MUSCLE_RATIO',
-           'UNCORRELATED', 'NOISE', 'IDENTICAL_UV', 'ARTEFACT_UV', 'Flag', 'Quality', 'ChannelStats', 'share_clipped',
-           'band_ratios', 'measure', 'names_of', 'bad_channels', 'find_gaps', 'gate', 'check_window', 'artefact_mask',
-           'ica_clean', 'wavelet_denoise']
+           'UNCORRELATED', 'NOISE', 'IDENTICAL_UV', 'ARTEFACT_UV', 'CLEAR', 'Flag', 'Quality', 'ChannelStats',
+           'share_clipped', 'band_ratios', 'measure', 'names_of', 'bad_channels', 'find_gaps', 'gate', 'check_window',
+           'running', 'band_seconds', 'moments', 'Screen', 'artefact_mask', 'ica_clean', 'wavelet_denoise']
 
 # %% ../nbs/11_quality.ipynb #4fed3441
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .core import CHANNELS, FS, InputError
-from .signal import apply_montage, bandpass, fill_gaps, find_runs
+from .signal import MONTAGES, apply_montage, bandpass, fill_gaps, find_runs
 
 # %% ../nbs/11_quality.ipynb #411df389
 MAX_DEAD = 4             # flat or missing electrodes of 19; more: abstain (house)
@@ -197,6 +197,80 @@ def check_window(
         flags.append(Flag("mains", f"mains of {mains:g} Hz at up to {stats.mains.max(0)[worst].max():.0f} times the power of 1-40 Hz: notch", names_of(worst)))
     stop = gate(stats, dead, missing)
     return Quality((*flags, *gaps, *stop), bool(stop), tuple(f"{f.kind}: {f.detail}" for f in stop), mains)
+
+# %% ../nbs/11_quality.ipynb #a4168ec8
+CLEAR = 1.25  # how far from its limit every measurement of a surely sound window is
+
+def running(
+    x: np.ndarray,  # (n, ...)
+    length: int,  # rows that are added up
+) -> np.ndarray:  # (n - length + 1, ...) float64
+    "Sums over all runs of rows."
+    total = np.concatenate([np.zeros((1, *x.shape[1:])), np.cumsum(x, 0, dtype=np.float64)])
+    return total[length:] - total[:-length]
+
+def band_seconds(
+    x: np.ndarray,  # (19, n_times) without NaN
+    fs: int,  # sampling rate, Hz
+    n: int,  # whole seconds
+) -> np.ndarray:  # (n - 1, 5, 19) power at 1-10, 30-45, 1-40, 49-51 and 59-61 Hz
+    "The Welch segments that begin with each second."
+    from scipy.fft import rfft, rfftfreq
+    from scipy.signal.windows import hann
+    freqs, window, out = rfftfreq(2 * fs, 1 / fs), hann(2 * fs, sym=False).astype(np.float32), []
+    masks = np.stack([(freqs >= a) & (freqs <= b) for a, b in ((1, 10), (30, 45), (1, 40), (49, 51), (59, 61))]).astype(np.float32)
+    segments = np.lib.stride_tricks.sliding_window_view(x, 2 * fs, axis=-1)[:, ::fs][:, :n - 1]
+    for k in range(0, n - 1, 64):
+        part = segments[:, k:k + 64] - segments[:, k:k + 64].mean(-1, keepdims=True)
+        spectrum = rfft(part * window)
+        out.append(np.einsum("csf,bf->sbc", spectrum.real ** 2 + spectrum.imag ** 2, masks, optimize=True))
+    return np.concatenate(out)
+
+# %% ../nbs/11_quality.ipynb #5c8eb537
+def moments(
+    slow: np.ndarray,  # (19, n_times) microvolts after 0.5-20 Hz
+    fs: int,  # sampling rate, Hz
+    n: int,  # whole seconds
+    length: int,  # s of a window
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # per window: (w, 19) SD; (w, 19) largest |r| with another electrode; (w,) median SD of the double banana
+    "What the second moments of each second say about each window."
+    x = slow[:, :n * fs].reshape(len(slow), n, fs).transpose(1, 0, 2)
+    mean = running(x.sum(-1), length) / (length * fs)
+    cov = running(x @ x.transpose(0, 2, 1), length) / (length * fs) - mean[:, :, None] * mean[:, None]
+    sd = np.sqrt(np.maximum(np.diagonal(cov, axis1=1, axis2=2), 1e-12))
+    r = np.abs(cov) / (sd[:, :, None] * sd[:, None])
+    r[:, range(len(slow)), range(len(slow))] = 0
+    a, b = ([CHANNELS.index(p[i]) for p in MONTAGES["double_banana"]] for i in (0, 1))
+    return sd, r.max(-1), np.median(np.sqrt(np.maximum(sd[:, a] ** 2 + sd[:, b] ** 2 - 2 * cov[:, a, b], 0)), -1)
+
+class Screen:
+    "Says which windows of a long signal are surely sound, without a closer look."
+    def __init__(self,
+        eeg: np.ndarray,  # (19, n_times) raw microvolts, NaN where samples are missing
+        length: int = 50,  # s of a window
+        fs: int = int(FS),  # sampling rate, Hz
+    ):
+        self.eeg, self.fs, self.length, n = eeg, fs, length, eeg.shape[1] // fs
+        if n < length: self.sound = np.zeros(0, bool); return
+        filled, missing = fill_gaps(eeg[:, :n * fs])
+        cut = filled.reshape(len(eeg), n, fs)
+        still = np.append((filled[:, 1:] == filled[:, :-1]).all(0), False).reshape(n, fs).sum(-1)
+        sd, r, bipolar = moments(bandpass(filled, 0.5, 20.0, fs, order=4), fs, n, length)
+        slow, fast, wide, *mains = (running(band_seconds(filled, fs, n), length - 1) / (length - 1)).transpose(1, 0, 2)
+        typical, tiny = np.median(sd, -1), 1e-12
+        self.sound = ((running(np.asarray(missing.reshape(len(eeg), n, fs).any((0, 2))), length) == 0) & (running(still, length) <= GAP_S * fs)
+                      & (running((np.ptp(cut, -1) < FLAT_UV).T, length) <= 0.5 * length).all(-1) & (sd < NOISY_RATIO / CLEAR * np.maximum(typical, PLAUSIBLE_UV[0])[:, None]).all(-1)
+                      & (r > UNCORRELATED * CLEAR).all(-1) & (np.median(r, -1) > NOISE * CLEAR) & (bipolar > IDENTICAL_UV * CLEAR)
+                      & (fast / 15 / (slow / 9 + tiny) < MUSCLE_RATIO / CLEAR).all(-1) & (np.maximum(*mains) / (wide + tiny) < MAINS_RATIO / CLEAR).all(-1)
+                      & (PLAUSIBLE_UV[0] * CLEAR < typical) & (typical < PLAUSIBLE_UV[1] / CLEAR))
+
+    def __call__(self,
+        first: int,  # sample of the signal where a window begins
+    ) -> bool:  # False: it needs a closer look
+        "Whether a window is surely sound; only those that begin with a whole second can be."
+        second, odd = divmod(first, self.fs)
+        if odd or not 0 <= second < len(self.sound) or not self.sound[second]: return False
+        return bool((share_clipped(self.eeg[:, first:first + self.length * self.fs]) <= CLIPPED[0]).all())
 
 # %% ../nbs/11_quality.ipynb #aaece04f
 def artefact_mask(

@@ -6,9 +6,9 @@ Docs: https://hms-brain.github.io/hms_brain/spectrogram.html.md"""
 
 # %% auto #0
 __all__ = ['N_FFT', 'BINS', 'FREQS', 'SPEC_WINDOW', 'SPEC_STEP', 'BAND', 'DB_LIMITS', 'PAIRS', 'SIZE', 'ROWS', 'MISSING',
-           'HALF_BIN', 'ROW_EDGES', 'spectrogram_columns', 'regional_pairs', 'tapers', 'cut_windows', 'region_power',
-           'regional_spectrogram', 'to_table', 'regional_table', 'fine_spectrogram', 'overlap', 'row_weights',
-           'to_pixels', 'regional_image']
+           'HALF_BIN', 'ROW_EDGES', 'spectrogram_columns', 'regional_pairs', 'tapers', 'cut_windows', 'transform',
+           'region_power', 'regional_spectrogram', 'to_table', 'regional_table', 'fine_spectrogram', 'overlap',
+           'row_weights', 'to_pixels', 'regional_image']
 
 # %% ../nbs/12_spectrogram.ipynb #fc7118c5
 from functools import lru_cache
@@ -65,6 +65,26 @@ def cut_windows(
     if left or right: x = np.pad(x, [(0, 0)] * (x.ndim - 1) + [(left, right)], mode="reflect" if x.shape[-1] > 1 else "edge")
     return np.lib.stride_tricks.sliding_window_view(x, n_window, axis=-1)[..., starts + left, :]
 
+# %% ../nbs/12_spectrogram.ipynb #9dbd92e2
+@lru_cache(maxsize=16)
+def transform(
+    n_window: int,  # samples
+    n_fft: int,  # points of the transform whose bins are meant
+    bins: tuple[int, int],  # first bin, last bin + 1
+    dtype: str,  # of the signal
+) -> tuple[np.ndarray, np.ndarray]:  # (half, 3 n_bins) for the sum of the two halves; the same for their difference
+    "Detrending, three tapers and the Fourier sums of some bins as two matrices."
+    windows, lines = tapers(n_window)
+    phase = 2 * np.pi * np.outer(np.arange(*bins), np.arange(n_window) - (n_window - 1) / 2) / n_fft
+    waves = {True: np.cos(phase), False: np.sin(phase)}
+    half, parts = (n_window + 1) // 2, []
+    for even in (True, False):
+        rows = np.concatenate([w * waves[even == (k != 1)] for k, w in enumerate(windows)])  # the second taper is odd
+        rows = (rows - (rows @ lines) @ lines.T)[:, :half]
+        if even and n_window % 2: rows[:, -1] /= 2  # the middle sample is in both halves
+        parts.append(np.ascontiguousarray(rows.T.astype(dtype)))
+    return parts[0], parts[1]
+
 # %% ../nbs/12_spectrogram.ipynb #7e549b79
 def region_power(
     pairs: np.ndarray,  # (n_pairs, n_times) microvolts
@@ -76,19 +96,20 @@ def region_power(
     fs: float,  # sampling rate, Hz
 ) -> np.ndarray:  # (n_bins, n_cols) uV^2/Hz, NaN in columns without data
     "Multitaper power of one region: mean over tapers, then over the pairs that have data."
-    from scipy.fft import rfft
-    windows, lines = tapers(n_window)
-    windows, lines = windows.astype(pairs.dtype), lines.astype(pairs.dtype)
-    block, out = max(1, 16384 // n_fft), np.empty((bins[1] - bins[0], len(starts)), pairs.dtype)
+    from_even, from_odd = transform(n_window, n_fft, bins, pairs.dtype.str)
+    half, n_bins = len(from_even), bins[1] - bins[0]
+    block, out = max(1, 65536 // n_window), np.empty((n_bins, len(starts)), pairs.dtype)
     for i in range(0, len(starts), block):
         x = cut_windows(pairs, starts[i:i + block], n_window)
-        x -= (x @ lines) @ lines.T
-        spectrum = rfft(x[..., None, :] * windows, n_fft)[..., bins[0]:bins[1]]
-        power = (spectrum.real ** 2 + spectrum.imag ** 2).mean(-2) / fs
-        there = np.ones(x.shape[:2], bool)
-        if missing.any(): there = cut_windows(missing, starts[i:i + block], n_window).mean(-1) <= 0.5
-        total = np.where(there[..., None], power, 0).sum(0) / np.maximum(there.sum(0), 1).astype(power.dtype)[:, None]
-        out[:, i:i + block] = np.where(np.asarray(there.any(0))[:, None], total, np.nan).T
+        a, b = x[..., :half], x[..., ::-1][..., :half]
+        power = ((a + b) @ from_even) ** 2 + ((a - b) @ from_odd) ** 2
+        power = power.reshape(*x.shape[:2], -1, n_bins).sum(2) / (3 * fs)
+        if missing.any():
+            there = cut_windows(missing, starts[i:i + block], n_window).mean(-1) <= 0.5
+            total = np.where(there[..., None], power, 0).sum(0) / np.maximum(there.sum(0), 1).astype(power.dtype)[:, None]
+            total[~there.any(0)] = np.nan
+        else: total = power.mean(0)
+        out[:, i:i + block] = total.T
     return out
 
 # %% ../nbs/12_spectrogram.ipynb #23e8a99c
