@@ -9,7 +9,7 @@ from hms_brain.core import CLASSES, VOTE_COLUMNS, InputError, read_json, rng_for
 from hms_brain.crossval import PROBABILITIES, audit, blend, crossval, crossval_table, fit_blend, out_of_fold, same_training, shuffled
 from hms_brain.metrics import kl_divergence
 from hms_brain.recipe import Recipe
-from hms_brain.train import Run
+from hms_brain.train import Run, train
 
 SMALL = {"stem": 4, "width": 16, "hidden": 8}
 RECIPE = Recipe(epochs=1, batch_size=12, patience=0)
@@ -68,6 +68,15 @@ def test_shuffled_votes_keep_their_numbers():
     votes, other = (c.index[list(VOTE_COLUMNS)].to_numpy() for c in (cache, mixed))
     assert np.array_equal(votes[split.valid], other[split.valid]) and np.array_equal(votes[split.train].sum(0), other[split.train].sum(0))
     assert (votes[split.train] != other[split.train]).any(1).mean() > 0.5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_shuffled_votes_teach_nothing(tmp_path, seed):
+    "The same training that learns the true votes does not beat the constant prior with shuffled ones; the held-out patients choose no epoch."
+    cache, recipe = SineCache(), Recipe(epochs=10, batch_size=6, learning_rate=1e-2, ema=0.8, patience=0, keep="last", seed=seed)
+    true, mixed = (train(c, recipe, folder=tmp_path / name, model_settings=SMALL, threads=1, say=None).metrics for name, c in (("true", cache), ("mixed", shuffled(cache, recipe.split(cache), seed))))
+    assert true["val_kl"] < true["prior_kl"] - 0.2 and mixed["val_kl"] > mixed["prior_kl"] - 0.01
 
 
 def test_a_blend_finds_weights_and_bias():

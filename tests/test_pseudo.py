@@ -126,3 +126,14 @@ def test_cross_validated_pupils(taught, tmp_path):
     with pytest.raises(InputError, match="three folds"):
         teach(tmp_path / "few", two)
     assert set(without_folds(cache, (1, 3)).index.query("fold == 0").patient_id) == {1, 3}
+
+
+def test_an_answer_for_a_period_holds_for_its_rows(tmp_path):
+    from test_recipe import Periods
+    cache, recipe = Periods(), replace(RECIPE, per_period=True)
+    labels = pseudo_labels(cache, recipe, folder=tmp_path / "teachers", model_settings=SMALL, threads=1, say=None)
+    table = labels.table.assign(period=cache.index.run_id.to_numpy()[labels.table.row])
+    assert len(table) == 3 * len(cache) and table.groupby(["for_fold", "period"])[PSEUDO].nunique().eq(1).all(axis=None)
+    view = replace(recipe, fold=2)
+    windows = view.windows(labels.cache(cache, 2), view.split(cache), 0)
+    assert np.isfinite(windows.__getitems__([0, 1])["target"]).all()
