@@ -43,14 +43,14 @@ def needed(
         todo += [r.name for r in wanted if r.marker is None or r.marker.evaluate({"extra": ""})]
     return dict(sorted(found.items()))
 
-# %% ../nbs/74_wheels.ipynb #317d95ee
+# %% ../nbs/74_wheels.ipynb #9ca4f021
 LEFT_OUT = ("RECORD", "INSTALLER", "REQUESTED", "direct_url.json")  # of the metadata: what one installation says of itself
 
 def own_files(
     dist: Distribution,
 ) -> Iterator[tuple[str, Path]]:  # name in the wheel, file
     "The files of a distribution. Raises `InputError` for one whose files are elsewhere (an editable installation)."
-    listed = [(f.as_posix(), Path(os.fspath(dist.locate_file(f)))) for f in dist.files or ()]
+    listed = [(f.as_posix(), Path(str(dist.locate_file(f)))) for f in dist.files or ()]
     about = [(name, path) for name, path in listed if name.split("/")[0].endswith(".dist-info")]
     package = [(name, path) for name, path in listed if (name, path) not in about and not name.startswith("..") and not name.endswith(".pyc")]
     if any("__editable__" in name for name, _ in package):
