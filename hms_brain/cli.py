@@ -281,12 +281,24 @@ def doctor(as_json: JsonOption = False):
 
 @app.command()
 def bench(
-    topic: Annotated[str, typer.Argument(help="all, or simulate")] = "all",
+    topic: Annotated[str, typer.Argument(help="all, simulate, load, or twin: the whole way on a share of a train.csv")] = "all",
+    like: Annotated[Path | None, typer.Option(help="twin: the train.csv")] = None,
+    share: Annotated[float, typer.Option(help="twin: share of its patients")] = 0.01,
+    folder: Annotated[Path | None, typer.Option(help="twin: new folder for data, cache and run; default: data/simulated/twin")] = None,
     as_json: JsonOption = False,
 ):
     "Speed on this machine, beside peers in the same run."
-    from hms_brain.bench import TOPICS
-    if topic not in TOPICS: raise InputError(f"unknown topic {topic!r}", "hms bench", f"known: {', '.join(TOPICS)}")
+    from hms_brain.bench import TOPICS, measure_twin
+    if topic not in (*TOPICS, "twin"): raise InputError(f"unknown topic {topic!r}", "hms bench", f"known: {', '.join(TOPICS)}, twin")
+    if topic == "twin":
+        from hms_brain.core import get_settings, setting_path
+        if not like: raise InputError("needs the table", "--like", "name the competition's train.csv")
+        found = measure_twin(like, folder or setting_path("simulated") / "twin", share, get_settings().system.workers)
+        if as_json: return print_json(found)
+        print(f"measured on {share:g} of the patients: {found['part']} of {found['whole']}")
+        print_table(found["stages"])
+        if found["estimate"]: print("\nestimated for all of them, from processor time")
+        return print_table(found["estimate"]) if found["estimate"] else None
     rows = TOPICS[topic]()
     if as_json: print_json(rows)
     else: print_table(rows)

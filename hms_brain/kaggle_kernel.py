@@ -6,11 +6,11 @@ Docs: https://hms-brain.github.io/hms_brain/kaggle_kernel.html.md"""
 
 # %% auto #0
 __all__ = ['INTRO', 'STEPS', 'ANSWERING', 'KAGGLE_PYTHON', 'HERE', 'NOBODY', 'BLOCK', 'answer_row', 'answer_test',
-           'check_submission', 'simulate_test_set', 'kernel_notebook', 'metadata', 'check_slug', 'claim_pack',
-           'list_files', 'pack', 'needed_to_answer', 'read_pack', 'try_pack', 'address_to', 'dataset_state',
-           'send_dataset', 'send_kernel', 'push', 'submit']
+           'check_submission', 'hold_out', 'simulate_test_set', 'kernel_notebook', 'metadata', 'check_slug',
+           'claim_pack', 'list_files', 'pack', 'needed_to_answer', 'read_pack', 'try_pack', 'address_to',
+           'dataset_state', 'send_dataset', 'send_kernel', 'push', 'submit']
 
-# %% ../nbs/75_kaggle_kernel.ipynb #d3f13544
+# %% ../nbs/75_kaggle_kernel.ipynb #0b4e0cf0
 import json
 import os
 import shutil
@@ -24,8 +24,8 @@ import numpy as np
 import pandas as pd
 
 from .bundle import Bundle, FILES, MANIFEST, default_bundle
-from .catalog import ask_kaggle, check_columns, read_table, read_test, submission_table
-from .core import NOTICE, VOTE_COLUMNS, InputError, atomic_path, get_settings, read_json, sha256_file, write_json
+from .catalog import OFFSETS, TEST_COLUMNS, ask_kaggle, check_columns, label_runs, read_table, read_test, read_train, submission_table
+from .core import CONTEXT_S, FS, NOTICE, VOTE_COLUMNS, WINDOW_S, InputError, atomic_path, get_settings, read_json, sha256_file, write_json
 from .metrics import match_answers
 from .predict import Predictor, as_votes
 from .records import read_context, read_recording
@@ -60,7 +60,7 @@ def answer_test(
     if not any(usable): raise InputError(f"not one EEG could be used; {told[-1]}", str(data), "check test_eegs")
     return submission_table([row["eeg_id"] for row in rows], [list(a.values()) for a in answers]), told
 
-# %% ../nbs/75_kaggle_kernel.ipynb #885394f4
+# %% ../nbs/75_kaggle_kernel.ipynb #543b2383
 def check_submission(
     data: str | os.PathLike,  # folder with the test.csv that was answered
     submission: str | os.PathLike,  # submission.csv
@@ -76,6 +76,26 @@ def check_submission(
         match_answers(asked, path)
     return table
 
+def hold_out(
+    data: str | os.PathLike,  # a data set with train.csv, train_eegs, train_spectrograms
+    folder: str | os.PathLike,  # to be filled
+    patients: Sequence[int] | None = None,  # whose EEGs; default: all
+) -> Path:  # the folder
+    "A labelled data set in the layout of the test set: one window of each EEG, with its votes aside in votes.csv."
+    data, folder, rows = Path(data), Path(folder), label_runs(read_train(data)).drop_duplicates("eeg_id")
+    if patients is not None: rows = rows[rows["patient_id"].isin(patients)]
+    for kind in ("eegs", "spectrograms"): (folder / f"test_{kind}").mkdir(parents=True, exist_ok=True)
+    rows = rows.assign(spectrogram_file=rows["spectrogram_id"], spectrogram_id=rows["eeg_id"])  # two EEGs may share a recording; test rows share nothing
+    for r in rows.to_dict("records"):
+        eeg = pd.read_parquet(data / f"train_eegs/{r['eeg_id']}.parquet").iloc[(first := round(r[OFFSETS[0]] * FS)):first + round(WINDOW_S * FS)]
+        spectrogram = pd.read_parquet(data / f"train_spectrograms/{r['spectrogram_file']}.parquet")
+        spectrogram = spectrogram[(spectrogram["time"] >= r[OFFSETS[1]]) & (spectrogram["time"] < r[OFFSETS[1]] + CONTEXT_S)]
+        for kind, table in (("eeg", eeg), ("spectrogram", spectrogram)):
+            with atomic_path(folder / f"test_{kind}s" / f"{r['eeg_id']}.parquet") as tmp: table.reset_index(drop=True).to_parquet(tmp, index=False)
+    for name, columns in (("test.csv", TEST_COLUMNS), ("votes.csv", ("eeg_id", *VOTE_COLUMNS))):
+        with atomic_path(folder / name) as tmp: rows[list(columns)].to_csv(tmp, index=False)
+    return folder
+
 def simulate_test_set(
     folder: str | os.PathLike,  # to be filled
     n: int = 3,  # examples
@@ -88,7 +108,7 @@ def simulate_test_set(
         with atomic_path(folder / name) as tmp: table.to_csv(tmp, index=False)
     return folder
 
-# %% ../nbs/75_kaggle_kernel.ipynb #f027f929
+# %% ../nbs/75_kaggle_kernel.ipynb #47041364
 INTRO = """# {title}
 
 Six expert votes per EEG by the bundle `{bundle}`, offline. {statement} {notice}
@@ -119,7 +139,7 @@ here = f"{sys.version_info.major}.{sys.version_info.minor}"
 if here not in packed: raise RuntimeError(f"packed for Python {', '.join(packed)}, this image has {here}: hms kaggle pack --python {here}")
 programs = Path(scratch) / "bin"
 run(sys.executable, "-m", "venv", "--without-pip", scratch)
-run(sys.executable, "-m", "pip", "--python", programs / "python", "install", "--quiet", "--disable-pip-version-check", "--no-index", "--no-deps",
+run(sys.executable, "-m", "pip", "--python", programs / "python", "install", "--quiet", "--no-color", "--disable-pip-version-check", "--no-index", "--no-deps",
     "--find-links", wheels, "--require-hashes", "-r", wheels / "hms_requirements.txt")""",
 """submission = Path(working) / "submission.csv"
 run(programs / "hms", "kaggle", "answer", data, "--bundle", bundle, "-o", submission)""",
