@@ -7,8 +7,8 @@ Docs: https://hms-brain.github.io/hms_brain/cli.html.md"""
 # %% auto #0
 __all__ = ['app', 'FileArg', 'JsonOption', 'PIPELINES', 'kaggle', 'PackArg', 'say', 'print_json', 'print_table', 'parse_channels',
            'print_prediction', 'predict', 'sample_path', 'demo', 'simulate', 'spectrogram', 'score', 'PipelineCommand',
-           'add_pipeline', 'pack_folder', 'pack', 'push', 'submit', 'answer', 'doctor', 'bench', 'lab', 'version',
-           'root', 'main']
+           'add_pipeline', 'pack_folder', 'pack', 'push', 'submit', 'answer', 'doctor', 'bench', 'print_twin', 'lab',
+           'version', 'root', 'main']
 
 # %% ../nbs/90_cli.ipynb #efd7349a
 import json
@@ -287,21 +287,23 @@ def bench(
     folder: Annotated[Path | None, typer.Option(help="twin: new folder for data, cache and run; default: data/simulated/twin")] = None,
     as_json: JsonOption = False,
 ):
-    "Speed on this machine, beside peers in the same run."
+    "Speed on this machine, beside peers in the same run; or what the whole way costs."
     from hms_brain.bench import TOPICS, measure_twin
     if topic not in (*TOPICS, "twin"): raise InputError(f"unknown topic {topic!r}", "hms bench", f"known: {', '.join(TOPICS)}, twin")
-    if topic == "twin":
-        from hms_brain.core import get_settings, setting_path
-        if not like: raise InputError("needs the table", "--like", "name the competition's train.csv")
-        found = measure_twin(like, folder or setting_path("simulated") / "twin", share, get_settings().system.workers)
-        if as_json: return print_json(found)
-        print(f"measured on {share:g} of the patients: {found['part']} of {found['whole']}")
-        print_table(found["stages"])
-        if found["estimate"]: print("\nestimated for all of them, from processor time")
-        return print_table(found["estimate"]) if found["estimate"] else None
+    if topic == "twin" and not like: raise InputError("needs a table", "hms bench twin", "name the competition's train.csv with --like")
+    if topic == "twin": return print_twin(measure_twin(str(like), folder, share), as_json)
     rows = TOPICS[topic]()
     if as_json: print_json(rows)
     else: print_table(rows)
+
+def print_twin(found: dict, as_json: bool):
+    "What was measured of the whole way, and apart from it what is estimated."
+    if as_json: return print_json(found)
+    print(f"{found['machine']}\nmeasured   {found['share']:g} of the patients: {found['part']['windows']} of {found['whole']['windows']} windows, {found['part']['hours']} of {found['whole']['hours']} h\n")
+    print_table(found["stages"])
+    if found["estimate"]:
+        print("\nestimated for the whole table, from processor time\n")
+        print_table(found["estimate"])
 
 @app.command()
 def lab():

