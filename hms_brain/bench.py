@@ -159,6 +159,7 @@ def loading_row(
     mine, peer = seconds(ours, 3) / len(items), seconds(theirs, 3) / min(8, len(items))
     return {"what": f"load a window: {1 / mine:.0f} per second from the cache, {1 / peer:.0f} as files (goal 20 x)", "seconds": round(mine, 5), "peer": "pandas.read_parquet, EEG and spectrogram", "peer_seconds": round(peer, 5), "times_faster": round(peer / mine, 1)}
 
+# %% ../nbs/87_bench.ipynb #dc65598b
 def measure_loading() -> list[dict]:  # rows as of `measure`
     "How fast training windows come from the cache."
     with tempfile.TemporaryDirectory() as folder: return [machine_row(), loading_row(Path(folder))]
@@ -182,6 +183,7 @@ def run_stage(
     disk = sum(p.stat().st_size for p in kept.rglob("*") if p.is_file())
     return {"stage": name, "seconds": round(wall, 1), "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1), "largest_process_mb": round(usage.ru_maxrss / 1024), "disk_mb": round(disk / 1e6, 1)}
 
+# %% ../nbs/87_bench.ipynb #1e0af866
 def table_size(
     train,  # DataFrame of train.csv
 ) -> dict:  # rows, patients, windows, hours of recording
@@ -189,6 +191,7 @@ def table_size(
     hours = (train.groupby("spectrogram_id")[OFFSETS[1]].max() + CONTEXT_S).sum() / 3600
     return {"rows": len(train), "patients": int(train["patient_id"].nunique()), "windows": len(label_runs(train)), "hours": round(float(hours), 2)}
 
+# %% ../nbs/87_bench.ipynb #98350260
 def extrapolate(
     stages: list[dict],  # of `run_stage`
     part: dict,  # `table_size` of what was measured
@@ -202,6 +205,7 @@ def extrapolate(
         return {"stage": stage["stage"], "factor": round(factor, 1), "hours_estimated": round(stage["cpu_seconds"] * factor / shared / 3600, 2), "disk_gb_estimated": round(stage["disk_mb"] * factor / 1e3, 1)}
     return [grow(stage) for stage in stages]
 
+# %% ../nbs/87_bench.ipynb #ffbf5825
 def measure_twin(
     table: str | os.PathLike,  # train.csv of the competition, zipped or not, or its folder
     folder: str | os.PathLike | None = None,  # for the twin, its cache and a run; must be new; default: twin in [paths] simulated

@@ -211,6 +211,7 @@ def pack_folder(given: Path | None) -> Path:
     from hms_brain.core import find_root
     return given or find_root() / "outputs" / "kaggle"
 
+# %% ../nbs/90_cli.ipynb #48e9e233
 @kaggle.command()
 def pack(
     folder: PackArg = None,
@@ -231,6 +232,7 @@ def pack(
     print(f"packed    {out}: {record['wheels']} wheels for Python {', '.join(record['pythons'])}, bundle {record['bundle']['name']}, {record['megabytes']:.0f} MB")
     if t := record["tried"]: print(f"tried     {t['rows']} {'simulated ' if t['simulated'] else ''}rows in {t['seconds']} s without a network: {t['submission']}")
 
+# %% ../nbs/90_cli.ipynb #b3d76318
 @kaggle.command()
 def push(folder: PackArg = None, as_json: JsonOption = False):
     "Upload a pack that was tried: the data set, then the kernel."
@@ -239,6 +241,7 @@ def push(folder: PackArg = None, as_json: JsonOption = False):
     if as_json: print_json(sent)
     else: print(f"data set  {sent['dataset']} ({sent['dataset_was']})\nkernel    {sent['kernel']}, version {sent['version']}\nsee       {sent['url']}")
 
+# %% ../nbs/90_cli.ipynb #832db1c4
 @kaggle.command()
 def submit(
     folder: PackArg = None,
@@ -279,6 +282,7 @@ def doctor(as_json: JsonOption = False):
     if as_json: print_json(findings)
     else: print_table(findings)
 
+# %% ../nbs/90_cli.ipynb #27bc5160
 @app.command()
 def bench(
     topic: Annotated[str, typer.Argument(help="all, simulate, load, or twin: the whole way on a share of a train.csv")] = "all",
@@ -305,6 +309,7 @@ def print_twin(found: dict, as_json: bool):
         print("\nestimated for the whole table, from processor time\n")
         print_table(found["estimate"])
 
+# %% ../nbs/90_cli.ipynb #33ab9d01
 @app.command()
 def lab():
     "JupyterLab on the notebooks, on this machine only."

@@ -33,7 +33,7 @@ from .runs import environment, execute_notebook, now, versions
 from .simset import simulate_test
 from .wheels import collect_wheels, needed, pin
 
-# %% ../nbs/75_kaggle_kernel.ipynb #9eb64d35
+# %% ../nbs/75_kaggle_kernel.ipynb #4118e5a3
 def answer_row(
     data: Path,  # folder with test_eegs and test_spectrograms
     row: dict,  # of test.csv
@@ -47,6 +47,7 @@ def answer_row(
     except InputError as e: return as_votes(predictor.bundle.prior), [*notes, f"EEG {row['eeg_id']}: {e.what}"], False
     return as_votes(predictor.probabilities([x])[0]), [*notes, *(f"EEG {row['eeg_id']}: {reason}" for reason in x.reasons)], True
 
+# %% ../nbs/75_kaggle_kernel.ipynb #a3b4e3fa
 def answer_test(
     data: str | os.PathLike,  # folder with test.csv, test_eegs and test_spectrograms
     predictor: Predictor | None = None,  # default: the packaged bundle
@@ -60,7 +61,7 @@ def answer_test(
     if not any(usable): raise InputError(f"not one EEG could be used; {told[-1]}", str(data), "check test_eegs")
     return submission_table([row["eeg_id"] for row in rows], [list(a.values()) for a in answers]), told
 
-# %% ../nbs/75_kaggle_kernel.ipynb #543b2383
+# %% ../nbs/75_kaggle_kernel.ipynb #3c2aab79
 def check_submission(
     data: str | os.PathLike,  # folder with the test.csv that was answered
     submission: str | os.PathLike,  # submission.csv
@@ -76,6 +77,7 @@ def check_submission(
         match_answers(asked, path)
     return table
 
+# %% ../nbs/75_kaggle_kernel.ipynb #c07bf5e7
 def hold_out(
     data: str | os.PathLike,  # a data set with train.csv, train_eegs, train_spectrograms
     folder: str | os.PathLike,  # to be filled
@@ -96,6 +98,7 @@ def hold_out(
         with atomic_path(folder / name) as tmp: rows[list(columns)].to_csv(tmp, index=False)
     return folder
 
+# %% ../nbs/75_kaggle_kernel.ipynb #65c519c7
 def simulate_test_set(
     folder: str | os.PathLike,  # to be filled
     n: int = 3,  # examples
@@ -108,7 +111,7 @@ def simulate_test_set(
         with atomic_path(folder / name) as tmp: table.to_csv(tmp, index=False)
     return folder
 
-# %% ../nbs/75_kaggle_kernel.ipynb #47041364
+# %% ../nbs/75_kaggle_kernel.ipynb #1f6d20fc
 INTRO = """# {title}
 
 Six expert votes per EEG by the bundle `{bundle}`, offline. {statement} {notice}
@@ -145,6 +148,7 @@ run(sys.executable, "-m", "pip", "--python", programs / "python", "install", "--
 run(programs / "hms", "kaggle", "answer", data, "--bundle", bundle, "-o", submission)""",
 """print(*submission.read_text().splitlines()[:4], sep="\\n")""")
 
+# %% ../nbs/75_kaggle_kernel.ipynb #1c335b2a
 def kernel_notebook(
     title: str,
     bundle: Bundle,
@@ -155,7 +159,7 @@ def kernel_notebook(
     return {"cells": [{"cell_type": "markdown", "id": "intro", "metadata": {}, "source": intro}, *(cell(k, text) for k, text in enumerate(STEPS))],
             "metadata": {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}, "language_info": {"name": "python"}}, "nbformat": 4, "nbformat_minor": 5}
 
-# %% ../nbs/75_kaggle_kernel.ipynb #803d951f
+# %% ../nbs/75_kaggle_kernel.ipynb #0263ec7e
 ANSWERING = ("hms_brain", "numpy", "scipy", "pandas", "pyarrow", "onnxruntime", "pydantic-settings", "tqdm", "typer")  # what `hms kaggle answer` imports
 KAGGLE_PYTHON = "3.12"  # of Kaggle's image, 2026
 HERE = f"{sys.version_info.major}.{sys.version_info.minor}"
@@ -180,6 +184,7 @@ def check_slug(
     import re
     if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", slug) or not 5 <= len(slug) <= 43: raise InputError(f"{slug!r} is not a name for a kernel", "--name", "5 to 43 small letters, digits and single hyphens")
 
+# %% ../nbs/75_kaggle_kernel.ipynb #1ae480b5
 def claim_pack(
     out: Path,  # the pack's folder
 ):
@@ -193,7 +198,7 @@ def list_files(
     "The files that will be sent, without the metadata, in which `push` writes."
     return {p.relative_to(out).as_posix(): sha256_file(p) for part in ("dataset", "kernel") for p in sorted((out / part).rglob("*")) if p.is_file() and not p.name.endswith("-metadata.json")}
 
-# %% ../nbs/75_kaggle_kernel.ipynb #8ac2353a
+# %% ../nbs/75_kaggle_kernel.ipynb #159e4f16
 def pack(
     out: str | os.PathLike,  # folder to make; an earlier pack is replaced
     bundle: str | os.PathLike | None = None,  # default: the one that `hms predict` uses
@@ -221,6 +226,7 @@ def pack(
     write_json(out / "pack.json", record)
     return record
 
+# %% ../nbs/75_kaggle_kernel.ipynb #9567c041
 def needed_to_answer() -> list[str]:  # distributions
     "Everything that answering a test set imports, and no more."
     return ["hms_brain", *needed(name for name in ANSWERING if name != "hms_brain")]
@@ -276,7 +282,7 @@ def try_pack(
     write_json(out / "pack.json", record | {"tried": tried})
     return tried
 
-# %% ../nbs/75_kaggle_kernel.ipynb #44204206
+# %% ../nbs/75_kaggle_kernel.ipynb #5d64e479
 def address_to(
     out: Path,  # a pack's folder
     user: str,  # Kaggle account of the token
@@ -297,6 +303,7 @@ def dataset_state(
         if getattr(getattr(e, "response", None), "status_code", None) in (403, 404): return None
         raise
 
+# %% ../nbs/75_kaggle_kernel.ipynb #291ea4a3
 def send_dataset(
     api,  # KaggleApi
     folder: Path,  # dataset/
@@ -316,7 +323,7 @@ def send_dataset(
         time.sleep(min(10.0, wait / 20))
     return "created" if new else "new version"
 
-# %% ../nbs/75_kaggle_kernel.ipynb #804d43d6
+# %% ../nbs/75_kaggle_kernel.ipynb #258b6669
 def send_kernel(
     api,  # KaggleApi
     folder: Path,  # kernel/
@@ -345,6 +352,7 @@ def push(
     write_json(out / "pack.json", record | {"pushed": pushed})
     return pushed
 
+# %% ../nbs/75_kaggle_kernel.ipynb #f2fac06b
 def submit(
     out: str | os.PathLike,  # a pack's folder, pushed
     message: str = "",  # beside the submission; default: the bundle
