@@ -7,7 +7,7 @@ RUN    ?= $(shell ls -td outputs/runs/*-train 2>/dev/null | head -1)
 
 export OMP_NUM_THREADS ?= 1
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all all quick default-bundle ablations download prepare train evaluate report export predict lab mlflow tensorboard shell status lint format clean lock wheel
+.PHONY: help demo test test-all all quick default-bundle ablations twin-full download prepare train evaluate report export predict lab mlflow tensorboard shell status lint format clean lock wheel
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -69,6 +69,10 @@ VARIANTS := {"base": {"balance": 1, "crop": 0.5, "gain": 0.3, "settings": {"norm
 ablations: $(VENV)/.ready  ## what each part of the packaged bundle's recipe is worth, on five draws of the simulator (an hour and a half)
 	$(HMS) ablate -p variants='$(VARIANTS)' -p out=outputs/runs/ablations
 	cp outputs/runs/ablations/ablation.csv nbs/tutorials/ablations.csv
+
+TWIN ?= data/simulated/twin-full
+twin-full: $(VENV)/.ready  ## the whole way at full size, measured: signals simulated for every row of TABLE=train.csv (hours, about 45 GB)
+	$(HMS) bench twin --like $(TABLE) --share 1 --folder $(TWIN)
 
 all: $(VENV)/.ready  ## simulate, prepare, train, evaluate, export, predict
 	$(call whole_way,all,120,12)

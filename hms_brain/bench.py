@@ -6,7 +6,8 @@ Docs: https://hms-brain.github.io/hms_brain/bench.html.md"""
 
 # %% auto #0
 __all__ = ['TOPICS', 'seconds', 'row', 'mne_regions', 'simulate_example', 'simulation_rate', 'command_rows', 'part_rows',
-           'machine_row', 'measure_simulation', 'measure', 'mne_windows', 'measure_scan']
+           'machine_row', 'measure_simulation', 'measure', 'loading_row', 'measure_loading', 'run_stage', 'table_size',
+           'extrapolate', 'measure_twin', 'mne_windows', 'measure_scan']
 
 # %% ../nbs/87_bench.ipynb #6c994580
 import os
@@ -22,7 +23,8 @@ from statistics import median
 
 import numpy as np
 
-from .core import CONTEXT_S, FS, HMS_COLUMNS, parallel_map, rng_for
+from .catalog import OFFSETS, label_runs, read_train
+from .core import CONTEXT_S, FS, HMS_COLUMNS, InputError, get_settings, parallel_map, rng_for, setting_path, write_json
 from .exports import write_edf
 from .predict import Predictor
 from .records import Recording, read_recording
@@ -30,6 +32,7 @@ from .scan import plan_scan, scan_file
 from .simset import draw_plan, label_clip, raters
 from .simulate import simulate, simulate_recording
 from .spectrogram import regional_spectrogram, regional_table
+from .twin import some_patients
 
 # %% ../nbs/87_bench.ipynb #21cf99af
 def seconds(
@@ -139,6 +142,95 @@ def measure() -> list[dict]:  # rows: what, seconds, peer, peer_seconds, times_f
         pd.DataFrame(minutes.signal[:, :10000].T, columns=list(minutes.channels)).to_parquet(file)
         return [machine_row(), *command_rows(file), *part_rows(file, minutes)]
 
+# %% ../nbs/87_bench.ipynb #03add4a5
+def loading_row(
+    folder: Path,  # for a small data set and its cache
+    patients: int = 4,  # simulated
+    windows: int = 64,  # in the cache
+) -> dict:  # as of `row`: seconds per window
+    "Windows from the cache, shuffled, in batches of 32, against reading their parquet files with pandas."
+    import pandas as pd
+    from hms_brain.dataset import prepare
+    from hms_brain.simset import simulate_dataset
+    simulate_dataset(folder / "data", patients=patients, workers=1, recordings=2, n_test=0, progress=False)
+    cache = prepare(folder / "data", folder / "cache", workers=1, folds=2, limit=windows, rows="all", progress=False)
+    items = cache.index.to_dict("records")
+    def ours(): return sum(len(batch[0]) for batch in cache.batches(32, seed=0))
+    def theirs():
+        for item in items[:8]: pd.read_parquet(folder / f"data/train_eegs/{item['eeg_id']}.parquet"), pd.read_parquet(folder / f"data/train_spectrograms/{item['spectrogram_id']}.parquet")
+    mine, peer = seconds(ours, 3) / len(items), seconds(theirs, 3) / min(8, len(items))
+    return {"what": f"load a window: {1 / mine:.0f} per second from the cache, {1 / peer:.0f} as files (goal 20 x)", "seconds": round(mine, 5), "peer": "pandas.read_parquet, EEG and spectrogram", "peer_seconds": round(peer, 5), "times_faster": round(peer / mine, 1)}
+
+# %% ../nbs/87_bench.ipynb #dc65598b
+def measure_loading() -> list[dict]:  # rows as of `measure`
+    "How fast training windows come from the cache."
+    with tempfile.TemporaryDirectory() as folder: return [machine_row(), loading_row(Path(folder))]
+
+# %% ../nbs/87_bench.ipynb #7b750271
+def run_stage(
+    name: str,
+    command: list[str],  # without hms
+    kept: Path,  # folder that the stage fills
+) -> dict:  # stage, seconds, cpu_seconds, largest_process_mb, disk_mb
+    "Run a command of `hms` and measure it. Raises `InputError` with its last line when it fails."
+    begin = time.perf_counter()
+    with tempfile.TemporaryFile() as said:
+        process = subprocess.Popen([str(Path(sys.executable).parent / "hms"), *command], stdout=said, stderr=subprocess.STDOUT)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        wall = time.perf_counter() - begin
+        said.seek(0)
+        last = (said.read().decode(errors="replace").strip().splitlines() or [""])[-1]
+    if process.returncode: raise InputError(f"ended with {process.returncode}: {last[:200]}", f"hms {command[0]}", "mend that and measure again")
+    disk = sum(p.stat().st_size for p in kept.rglob("*") if p.is_file())
+    return {"stage": name, "seconds": round(wall, 1), "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1), "largest_process_mb": round(usage.ru_maxrss / 1024), "disk_mb": round(disk / 1e6, 1)}
+
+# %% ../nbs/87_bench.ipynb #1e0af866
+def table_size(
+    train,  # DataFrame of train.csv
+) -> dict:  # rows, patients, windows, hours of recording
+    "What a table asks for."
+    hours = (train.groupby("spectrogram_id")[OFFSETS[1]].max() + CONTEXT_S).sum() / 3600
+    return {"rows": len(train), "patients": int(train["patient_id"].nunique()), "windows": len(label_runs(train)), "hours": round(float(hours), 2)}
+
+# %% ../nbs/87_bench.ipynb #98350260
+def extrapolate(
+    stages: list[dict],  # of `run_stage`
+    part: dict,  # `table_size` of what was measured
+    whole: dict,  # `table_size` of the table
+    workers: int,  # processes
+) -> list[dict]:  # per stage: hours_estimated, disk_gb_estimated
+    "An estimate for the whole table: simulation by recorded hours, the rest by windows; processor time shared among the workers (training: one)."
+    def grow(stage):
+        unit = "hours" if stage["stage"] == "simulate" else "windows"
+        factor, shared = whole[unit] / part[unit], workers if stage["stage"] in ("simulate", "prepare") else 1
+        return {"stage": stage["stage"], "factor": round(factor, 1), "hours_estimated": round(stage["cpu_seconds"] * factor / shared / 3600, 2), "disk_gb_estimated": round(stage["disk_mb"] * factor / 1e3, 1)}
+    return [grow(stage) for stage in stages]
+
+# %% ../nbs/87_bench.ipynb #ffbf5825
+def measure_twin(
+    table: str | os.PathLike,  # train.csv of the competition, zipped or not, or its folder
+    folder: str | os.PathLike | None = None,  # for the twin, its cache and a run; must be new; default: twin in [paths] simulated
+    share: float = 0.01,  # of the patients
+    workers: int | None = None,  # processes of simulation and preparation; default: [system] workers
+    model: str = "specnet",  # that is trained for one epoch
+) -> dict:  # share, part, whole, stages, estimate (None at share 1)
+    "Simulate, prepare, train one epoch and evaluate a share of a table. Raises `InputError`."
+    train, folder, workers = read_train(table), Path(folder or setting_path("simulated") / "twin"), workers or get_settings().system.workers
+    if folder.exists() and any(folder.iterdir()): raise InputError("is not empty", str(folder), "choose a new folder")
+    whole, part = table_size(train), table_size(some_patients(train, share, 0))
+    data, cache, run = (str(folder / name) for name in ("data", "cache", "run"))
+    folds = min(5, part["patients"])
+    plan = {"simulate": (["simulate", data, "--like", str(table), "--share", str(share), "--workers", str(workers)], data),
+            "prepare": (["prepare", "-p", f"data={data}", "-p", f"cache={cache}", "-p", f"folds={folds}", "-p", f"out={folder / 'prepare'}"], cache),
+            "train, one epoch": (["train", "-p", f"cache={cache}", "-p", f"model={model}", "-p", "epochs=1", "-p", f"out={run}"], run),
+            "evaluate": (["evaluate", run], run)}
+    stages = [run_stage(name, command, Path(kept)) for name, (command, kept) in plan.items()]
+    found = {"table": Path(table).name, "share": share, "workers": workers, "machine": machine_row()["what"], "part": part, "whole": whole, "stages": stages,
+             "estimate": extrapolate(stages, part, whole, workers) if share < 1 else None}
+    write_json(folder / "measured.json", found)
+    return found
+
 # %% ../nbs/87_bench.ipynb #0d7e0ac7
 def mne_windows(
     file: Path,  # an EDF
@@ -187,4 +279,4 @@ def measure_scan(
     return rows
 
 # %% ../nbs/87_bench.ipynb #9e15195f
-TOPICS = {"all": measure, "simulate": measure_simulation, "scan": measure_scan}  # what `hms bench` can be asked
+TOPICS = {"all": measure, "simulate": measure_simulation, "load": measure_loading, "scan": measure_scan}  # what `hms bench` can be asked

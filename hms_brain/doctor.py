@@ -34,7 +34,7 @@ def look_for_token() -> dict:
     "Whether a Kaggle token is where the client looks. Its value is not read."
     from hms_brain.catalog import kaggle_token_source
     if source := kaggle_token_source(): return {"what": "Kaggle token", "verdict": "ok", "detail": source}
-    return {"what": "Kaggle token", "verdict": "missing", "detail": "only for download: set KAGGLE_API_TOKEN or write ~/.kaggle/access_token"}
+    return {"what": "Kaggle token", "verdict": "missing", "detail": "only for download, push and submit: set KAGGLE_API_TOKEN or write ~/.kaggle/access_token"}
 
 def look_at_bundle() -> dict:
     "Whether the bundle that `hms predict` would use is whole."

@@ -7,7 +7,7 @@ Docs: https://hms-brain.github.io/hms_brain/runs.html.md"""
 # %% auto #0
 __all__ = ['INSTEAD', 'new_run_dir', 'now', 'versions', 'update_run', 'record_run', 'process_alive', 'read_run', 'newest_run',
            'list_pipelines', 'find_pipeline', 'Parameter', 'pipeline_parameters', 'parse_parameters', 'run_folder',
-           'shown', 'RunFailed', 'run_pipeline']
+           'shown', 'RunFailed', 'environment', 'run_pipeline', 'execute_notebook']
 
 # %% ../nbs/08_runs.ipynb #a6815813
 import ast
@@ -200,7 +200,7 @@ class RunFailed(RuntimeError):
     "A pipeline that failed by itself, in one line that names the executed notebook."
 
 @contextmanager
-def _environment(**values: str) -> Iterator[None]:
+def environment(**values: str) -> Iterator[None]:
     "Set environment variables for the block; children inherit them."
     before = {k: os.environ.get(k) for k in values}
     os.environ.update(values)
@@ -225,16 +225,21 @@ def run_pipeline(
         read_run(values["run"])
     folder = run_folder(command, values)
     values["out"] = str(folder)
-    with record_run(folder, pipeline=command, command=shown(command, values), parameters=values), _environment(HMS_RUN=str(folder), PYTHONUNBUFFERED="1"):
-        _execute(find_pipeline(command), folder, values, quiet)
+    with record_run(folder, pipeline=command, command=shown(command, values), parameters=values), environment(HMS_RUN=str(folder), PYTHONUNBUFFERED="1"):
+        execute_notebook(find_pipeline(command), folder, values, quiet)
     if (folder / "tracking.json").is_file():  # what the mirrors show must end with the run
         from hms_brain.tracking import follow
         follow(folder)
     return folder
 
 # %% ../nbs/08_runs.ipynb #56a81e0f
-def _execute(notebook: Path, folder: Path, values: dict, quiet: bool):
-    "Run one notebook through papermill; translate how it failed."
+def execute_notebook(
+    notebook: Path,  # to be run
+    folder: Path,  # where its executed copy goes
+    values: dict,  # for its parameters cell
+    quiet: bool = False,  # do not show the cells' output
+) -> Path:  # the executed copy
+    "Run one notebook through papermill. Raises `InputError` where a cell did, `RunFailed` for every other way to fail."
     import logging
     from tempfile import TemporaryDirectory
     import papermill
@@ -256,3 +261,4 @@ def _execute(notebook: Path, folder: Path, values: dict, quiet: bool):
         raise RunFailed(f"cell {e.exec_count} failed: {e.ename}: {e.evalue} (see {copy})") from None
     except DeadKernelError:
         raise RunFailed(f"the kernel died: out of memory, or killed (see {copy})") from None
+    return copy

@@ -1,8 +1,5 @@
 """The competition's tables: schema, runs, strata, folds, download. Oracles: brute force, the real train.csv."""
-import http.server
 import io
-import json
-import threading
 import zipfile
 
 import numpy as np
@@ -15,6 +12,7 @@ from hms_brain import catalog
 from hms_brain.catalog import (TRAIN_COLUMNS, class_prior, download_competition, label_runs, patient_folds, read_test, read_train, run_ids,
                                soft_votes, strata_table, submission_table, vote_stratum)
 from hms_brain.core import CLASS_LABELS, VOTE_COLUMNS, InputError
+from stand_ins import kaggle_api
 
 LABELS = list(CLASS_LABELS.values())
 
@@ -177,55 +175,26 @@ def test_real_test_side(real):
 # the Kaggle client against a loopback stand-in of its API
 
 
-class Kaggle(http.server.BaseHTTPRequestHandler):
-    "Two calls of the API and a file server with ranges."
-    status, body, cut, calls = 200, b"", 0, []
-
-    def log_message(self, *_):
-        pass
-
-    def reply(self, code, body=b"{}", **headers):
-        self.send_response(code)
-        for k, v in ({"Content-Type": "application/json", "Content-Length": str(len(body))} | headers).items():
-            self.send_header(k.replace("_", "-"), v)
-        self.end_headers()
-        self.wfile.write(body)
-
-    def do_POST(self):
-        self.rfile.read(int(self.headers["Content-Length"]))
-        type(self).calls.append(self.path)
-        if "Introspect" in self.path:
-            return self.reply(200, json.dumps({"active": True, "username": "tester"}).encode())
-        if self.status != 200:
-            return self.reply(self.status, json.dumps({"code": self.status, "message": "no"}).encode())
-        self.reply(302, b"", Location=f"http://127.0.0.1:{self.server.server_port}/files/archive.zip?signature=CANARY")
-
-    def do_GET(self):
-        type(self).calls.append("GET " + self.headers.get("Range", ""))
-        self.reply(200, self.body, **{"Content-Type": "application/zip", "Accept-Ranges": "bytes", "Last-Modified": "Mon, 01 Jan 2024 00:00:00 GMT"})
-
-
 @pytest.fixture
 def kaggle(monkeypatch, tmp_path):
-    env = pytest.importorskip("kagglesdk.kaggle_env", reason="the Kaggle client is an extra")
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Kaggle)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setitem(env._env_to_endpoint, env.KaggleEnv.PROD, f"http://127.0.0.1:{server.server_port}")
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("KAGGLE_CONFIG_DIR", str(tmp_path / "home/.kaggle"))
-    monkeypatch.setenv("KAGGLE_API_TOKEN", "SECRET-CANARY")
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    for name in ("KAGGLE_USERNAME", "KAGGLE_KEY"):
-        monkeypatch.delenv(name, raising=False)
+    pytest.importorskip("kagglesdk.kaggle_env", reason="the Kaggle client is an extra")
     archive = io.BytesIO()
     with zipfile.ZipFile(archive, "w") as z:
         z.writestr("train.csv", make_table([(10, 1, 0, [3, 0, 0, 0, 0, 0])]).to_csv(index=False))
-        z.writestr("train_eegs/10.parquet", b"x" * 1000)
-    monkeypatch.setattr(Kaggle, "body", archive.getvalue())
-    monkeypatch.setattr(Kaggle, "calls", [])
-    yield Kaggle
-    server.shutdown()
-    server.server_close()
+        z.writestr("train_eegs/10.parquet", b"x" * 3_000_000)  # the client reads pieces of 1 MiB
+    with kaggle_api(monkeypatch, tmp_path / "home") as handler:
+        handler.body = archive.getvalue()
+        yield handler
+
+
+@pytest.fixture
+def no_naps(monkeypatch):
+    "The pauses that the client would have made, s."
+    from kaggle.api import kaggle_api_extended
+
+    naps = []
+    monkeypatch.setattr(kaggle_api_extended.time, "sleep", naps.append)
+    return naps
 
 
 def test_download(kaggle, tmp_path, capfd):
@@ -239,13 +208,69 @@ def test_download(kaggle, tmp_path, capfd):
     assert "CANARY" not in shown
 
 
-@pytest.mark.parametrize("status, words", [(401, "refused the token"), (403, "rules"), (404, "no such competition"), (500, "answered 500")])
-def test_refusals_in_words(kaggle, monkeypatch, tmp_path, capfd, status, words):
-    monkeypatch.setattr(kaggle, "status", status)
+@pytest.mark.parametrize("status, words", [(401, "refused the token"), (403, "rules"), (404, "no such competition"), (429, "asks for patience"), (500, "answered 500")])
+def test_refusals_in_words(kaggle, tmp_path, capfd, status, words):
+    kaggle.status = status
     with pytest.raises(InputError, match=words) as e:
         download_competition(tmp_path / "raw", "toy", archive_gb=1e-6)
     assert "\n" not in str(e.value) and "CANARY" not in str(e.value) + "".join(capfd.readouterr())
     assert not list((tmp_path / "raw").rglob("*"))
+
+
+def test_a_short_pause_is_waited_for(kaggle, no_naps, tmp_path):
+    kaggle.status, kaggle.retry_after, kaggle.refusals = 429, "7", 2
+    download_competition(tmp_path / "raw", "toy", archive_gb=1e-6)
+    assert no_naps == [7.0, 7.0] and [m for m, _ in kaggle.calls].count("DownloadDataFiles") == 3
+
+
+def test_a_long_pause_is_told(kaggle, no_naps, tmp_path):
+    kaggle.status, kaggle.retry_after = 429, "3600"
+    with pytest.raises(InputError, match=r"429\), 3600 s of it"):
+        download_competition(tmp_path / "raw", "toy", archive_gb=1e-6)
+    assert no_naps == []
+
+
+def test_a_cut_transfer_goes_on_where_it_stopped(kaggle, no_naps, tmp_path, capfd):
+    kaggle.cuts = 1
+    download_competition(tmp_path / "raw", "toy", archive_gb=1e-6)
+    assert [asked for m, asked in kaggle.calls if m == "GET"] == ["", f"bytes={2**20}-"]
+    shown = "".join(capfd.readouterr())
+    assert f"Resuming from {2**20} bytes" in shown and "CANARY" not in shown
+
+
+def test_a_download_that_was_given_up_goes_on_the_next_time(kaggle, no_naps, tmp_path, capfd):
+    kaggle.cuts = 100
+    with pytest.raises(InputError, match="the connection was cut"):
+        download_competition(tmp_path / "raw", "toy", archive_gb=1e-6)
+    (part,) = (tmp_path / "raw").glob("toy.zip")
+    there, kaggle.cuts = part.stat().st_size, 0
+    kaggle.calls.clear()
+    assert 0 < there < len(kaggle.body)
+    assert len(read_train(download_competition(tmp_path / "raw", "toy", archive_gb=1e-6))) == 1
+    assert [asked for m, asked in kaggle.calls if m == "GET"] == ["", f"bytes={there}-"]
+    assert "CANARY" not in "".join(capfd.readouterr())
+
+
+def test_a_wrong_size_is_told(kaggle, no_naps, tmp_path):
+    kaggle.cuts, kaggle.short = 1, 5
+    with pytest.raises(InputError, match="does not match expected size"):
+        download_competition(tmp_path / "raw", "toy", archive_gb=1e-6)
+    assert not (tmp_path / "raw/download.json").exists()
+
+
+def test_what_is_not_a_zip_file_is_told(kaggle, tmp_path):
+    kaggle.body = b"<html>sorry</html>"
+    with pytest.raises(InputError, match="not a zip file"):
+        download_competition(tmp_path / "raw", "toy", archive_gb=1e-6)
+
+
+def test_nobody_there(kaggle, monkeypatch, tmp_path, capfd):
+    import kagglesdk.kaggle_env as env
+
+    monkeypatch.setitem(env._env_to_endpoint, env.KaggleEnv.PROD, "http://127.0.0.1:9")
+    with pytest.raises(InputError, match="cannot be reached") as e:
+        download_competition(tmp_path / "raw", "toy", archive_gb=1e-6)
+    assert "127.0.0.1" not in str(e.value) and "CANARY" not in "".join(capfd.readouterr())
 
 
 def test_no_token(kaggle, monkeypatch, tmp_path):

