@@ -200,10 +200,8 @@ class Stretch:
 
     def context(self, middle: int, mains: float | None = None) -> tuple[np.ndarray, np.ndarray]:  # times from the centre, s; power (4, 100, n_cols)
         "What the stretch has within 5 min on both sides of a window's centre."
-        step, half = int(SPEC_STEP * FS), int(CONTEXT_S * FS / 2)
-        start, power = self.columns(middle, mains)
-        first = max(0, (middle - half - start) // step)
-        last = (min(middle + half, self.end) - start) // step
+        (start, power), step, half = self.columns(middle, mains), int(SPEC_STEP * FS), int(CONTEXT_S * FS / 2)
+        first, last = max(0, (middle - half - start) // step), (min(middle + half, self.end) - start) // step
         return (start + step * np.arange(first, last) + step // 2 - middle) / FS, power[..., first:last]
 
     def window(self,

@@ -21,6 +21,7 @@ from .steps import learning_rate_at
 AUGMENTATIONS = tuple(signature(augment_window).parameters)[3:]
 PRECISIONS = ("no", "bf16", "fp16")
 
+# %% ../nbs/37_recipe.ipynb #37af0700
 @dataclass(frozen=True)
 class Stage:
     "A part of a training: who is trained on, how long, how fast."
@@ -29,6 +30,7 @@ class Stage:
     rate: float  # peak learning rate
     split: Split  # its training rows and their weights
 
+# %% ../nbs/37_recipe.ipynb #b01a4bab
 @dataclass(frozen=True)
 class Recipe:
     "Everything that decides what a training computes, besides the data."

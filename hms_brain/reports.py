@@ -35,6 +35,7 @@ def write_table(
         if suffix == ".parquet": table.to_parquet(tmp, index=False)
         else: table.map(safe_cell).to_csv(tmp, index=False, sep="," if suffix == ".csv" else "\t", na_rep="n/a")
 
+# %% ../nbs/73_reports.ipynb #ae657620
 def write_bids_events(
     path: str | os.PathLike,  # ..._desc-hms_events.tsv; a .json of the same name is written beside it
     events: Sequence[Event],
@@ -49,6 +50,7 @@ def write_bids_events(
     write_json(Path(path).with_suffix(".json"), {**{k: {"Description": v} for k, v in say.items()}, "trial_type": {"Description": "expected pattern", "Levels": levels},
                "GeneratedBy": [{"Name": "hms_brain", "Description": NOTICE, "Model": scan.about["bundle"]}]})
 
+# %% ../nbs/73_reports.ipynb #00a7ac52
 def write_szcore(
     path: str | os.PathLike,  # .tsv
     events: Sequence[Event],
@@ -68,6 +70,7 @@ def clock(
     s = round(float(seconds))
     return f"{s // 3600}:{s // 60 % 60:02d}:{s % 60:02d}"
 
+# %% ../nbs/73_reports.ipynb #5e722b86
 def describe(
     scan: Scan,
     events: Sequence[Event],
@@ -165,6 +168,7 @@ def write_annotated(
         annotate_edf(plain, path, notes)
     finally: plain.unlink(missing_ok=True)
 
+# %% ../nbs/73_reports.ipynb #528925dd
 def write_scan(
     folder: str | os.PathLike,  # where to write
     scan: Scan,

@@ -82,6 +82,7 @@ def open_study(
     elif changed: raise InputError(f"cannot continue: {changed[0]} differs from that of the interrupted search", str(folder), "use the same parameters, or another folder")
     return study
 
+# %% ../nbs/43_search.ipynb #086d0d88
 @contextmanager
 def alone(
     folder: Path,  # of the search
