@@ -11,7 +11,7 @@ __all__ = ['Prediction', 'as_votes', 'warn', 'Predictor', 'stored_context', 'rea
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -109,11 +109,21 @@ class Predictor:
     ) -> Prediction:
         "Classify one window of a recording. Raises `InputError` when there is too little of it."
         begin = time.perf_counter()
-        x = self.inputs(recording, at, context)
-        votes = as_votes(self.probabilities([x])[0])
-        return Prediction(probabilities=votes, predicted=None if x.abstain else max(votes, key=votes.__getitem__), quality=tuple(asdict(flag) for flag in x.flags),
-                          abstained=x.abstain, reasons=tuple(x.reasons), bundle=self.bundle.identity(), warnings=warn(self.bundle, recording, x.reasons),
-                          at=round(recording.start + x.at, 3), seconds=round(time.perf_counter() - begin, 4))
+        answer, = self.conclude([recording], [self.inputs(recording, at, context)])
+        return replace(answer, seconds=round(time.perf_counter() - begin, 4))
+
+    def conclude(self,
+        recordings: list[Recording],  # where each window comes from
+        inputs: list[ModelInput],  # windows
+    ) -> list[Prediction]:
+        "Answer several windows in one call of the network."
+        begin, out = time.perf_counter(), []
+        for recording, x, p in zip(recordings, inputs, self.probabilities(inputs)):
+            votes = as_votes(p)
+            out.append(Prediction(probabilities=votes, predicted=None if x.abstain else max(votes, key=votes.__getitem__), quality=tuple(asdict(flag) for flag in x.flags),
+                                  abstained=x.abstain, reasons=tuple(x.reasons), bundle=self.bundle.identity(), warnings=warn(self.bundle, recording, x.reasons),
+                                  at=round(recording.start + x.at, 3), seconds=round(time.perf_counter() - begin, 4)))
+        return out
 
 # %% ../nbs/71_predict.ipynb #59ece63e
 def stored_context(
