@@ -8,7 +8,7 @@ Docs: https://hms-brain.github.io/hms_brain/service.limits.html.md"""
 __all__ = ['MIB', 'LIMITS', 'OTHER', 'header', 'refuse', 'host_name', 'check_host', 'check_origin', 'Limit', 'cap_body', 'Slots',
            'take_slot', 'limit_rate', 'route_of', 'count_requests']
 
-# %% ../../nbs/81_service.limits.ipynb #9078c091
+# %% ../../nbs/81_service.limits.ipynb #08a5faaa
 import asyncio
 import time
 from collections import Counter, OrderedDict
@@ -23,7 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from ..monitor import Metrics
 from .core import problem
 
-# %% ../../nbs/81_service.limits.ipynb #00f838a3
+# %% ../../nbs/81_service.limits.ipynb #f532e7aa
 def header(
     scope: Scope,
     name: bytes,  # lower case
@@ -42,7 +42,7 @@ async def refuse(
     scope["hms_reason"] = reason
     await problem(status, detail, headers)(scope, receive, send)
 
-# %% ../../nbs/81_service.limits.ipynb #d1e29bfb
+# %% ../../nbs/81_service.limits.ipynb #ee5cee20
 def host_name(
     host: str,  # Host header: name, name:port, [::1]:port
 ) -> str:  # lower case, without port; empty when it is none
@@ -73,7 +73,7 @@ def check_origin(
         await app(scope, receive, send)
     return guarded
 
-# %% ../../nbs/81_service.limits.ipynb #42dd1b98
+# %% ../../nbs/81_service.limits.ipynb #94e052cb
 @dataclass(frozen=True)
 class Limit:
     "What a route takes."
@@ -96,7 +96,7 @@ def cap_body(
         limit, n, more = limits.get(scope["path"], OTHER), 0, True
         large = f"the body is larger than {limit.cap / MIB:g} MiB"
         length = header(scope, b"content-length")
-        if length.isdigit() and int(length) > limit.cap: return await refuse(scope, receive, send, 413, "size", large)
+        if length.isdecimal() and (len(length) > 15 or int(length) > limit.cap): return await refuse(scope, receive, send, 413, "size", large)
         end = asyncio.get_running_loop().time() + limit.seconds
         async def counted() -> Message:
             nonlocal n, more
@@ -110,7 +110,7 @@ def cap_body(
         await app(scope, counted, send)
     return guarded
 
-# %% ../../nbs/81_service.limits.ipynb #bdaf1bf7
+# %% ../../nbs/81_service.limits.ipynb #6a8bfbf1
 @dataclass
 class Slots:
     "How many requests of each pool are under way."
@@ -141,7 +141,7 @@ def take_slot(
             slots.metrics.in_flight.labels(pool).dec()
     return guarded
 
-# %% ../../nbs/81_service.limits.ipynb #3aaf170f
+# %% ../../nbs/81_service.limits.ipynb #31b4af3e
 def limit_rate(
     app: ASGIApp,
     rate: float,  # requests per second from one address
@@ -160,7 +160,7 @@ def limit_rate(
         await app(scope, receive, send)
     return guarded
 
-# %% ../../nbs/81_service.limits.ipynb #0ad3450f
+# %% ../../nbs/81_service.limits.ipynb #bd3e30c2
 def route_of(
     scope: Scope,  # after the routes have seen it
     known: Collection[str] = frozenset(LIMITS),
@@ -184,6 +184,9 @@ def count_requests(
                 message = message | {"headers": [*message["headers"], (b"x-content-type-options", b"nosniff"), (b"cache-control", b"no-store")]}
             await send(message)
         try: await app(scope, receive, noting)
+        except Exception:
+            status = 500  # the layer outside of this one answers
+            raise
         finally:
             route, method = route_of(scope), scope["method"] if scope["method"] in ("GET", "POST", "DELETE") else "other"
             metrics.requests.labels(route, method, str(status)).inc()
