@@ -7,7 +7,7 @@ Docs: https://hms-brain.github.io/hms_brain/service.stream.html.md"""
 # %% auto #0
 __all__ = ['STEP_S', 'REACH_S', 'HOLE_S', 'KEPT', 'Stream', 'read_block', 'write_block', 'Streams', 'talk', 'serve_stream']
 
-# %% ../../nbs/81_service.stream.ipynb #4a165d5a
+# %% ../../nbs/81_service.stream.ipynb #ae49092b
 import asyncio
 import logging
 import math
@@ -25,7 +25,7 @@ from ..records import MAX_EEG_UV, from_arrays
 from .core import Window, problem, read_json, to_array
 from .engine import Engine
 
-# %% ../../nbs/81_service.stream.ipynb #05b40e40
+# %% ../../nbs/81_service.stream.ipynb #7e046030
 STEP_S = 2.0  # from answer to answer
 REACH_S = CONTEXT_S / 2 + MARGIN_S + WINDOW_S / 2  # that a window looks back from its end, s
 HOLE_S = 60.0  # the longest hole that is filled
@@ -75,7 +75,7 @@ class Stream:
         if old > 0: self.signal, self.first = self.signal[:, old:], self.first + old
         return end, Window(recording, seen.shape[1] / self.fs - WINDOW_S / 2)
 
-# %% ../../nbs/81_service.stream.ipynb #c4864b58
+# %% ../../nbs/81_service.stream.ipynb #2c9409a1
 def read_block(
     frame: bytes | str,
 ) -> tuple[int, np.ndarray] | None:  # number of the first sample, (19, n) float32 uV; None: the caller says that this was all
@@ -100,7 +100,7 @@ def write_block(
     "The binary frame that `read_block` reads."
     return start.to_bytes(8, "little") + np.ascontiguousarray(block, "<f4").tobytes()
 
-# %% ../../nbs/81_service.stream.ipynb #da046214
+# %% ../../nbs/81_service.stream.ipynb #4cc70d02
 class Streams:
     "Streams by caller and id, a few at a time."
     def __init__(self,
@@ -129,7 +129,7 @@ class Streams:
         self.known[key] = Stream(fs, key[1])
         return self.known[key]
 
-# %% ../../nbs/81_service.stream.ipynb #379d1379
+# %% ../../nbs/81_service.stream.ipynb #114e7a9d
 async def talk(
     socket: WebSocket,  # accepted
     stream: Stream,
@@ -138,10 +138,17 @@ async def talk(
     after: int = -1,  # answers whose window ends later are sent again
 ) -> bool:  # True: the caller said that this was all
     "Take blocks in and send answers out, until the line breaks. Raises `InputError`, HTTPException or WebSocketDisconnect."
+    async def answer_due():
+        while found := stream.pop():
+            end, window = found
+            answer = {"type": "prediction", "end_sample": end} | await engine.ask(lambda window=window: window)
+            stream.answers.append(answer)
+            await socket.send_json(answer)
     async with stream.lock:
         await socket.send_json({"type": "hello", "next_sample": stream.next, "fs": stream.fs, "channels": CHANNELS, "window_s": WINDOW_S, "step_s": STEP_S,
                                 "bundle": engine.predictor.bundle.identity(), "notice": NOTICE})
         for answer in [a for a in stream.answers if a["end_sample"] > after >= 0]: await socket.send_json(answer)
+        await answer_due()
     while True:
         message = await socket.receive()
         if message["type"] == "websocket.disconnect": raise WebSocketDisconnect(message.get("code", 1006))
@@ -151,13 +158,9 @@ async def talk(
         if block is None: return True
         async with stream.lock:
             if hole := stream.add(*block): await socket.send_json({"type": "gap", "from": hole[0], "to": hole[1]})
-            while found := stream.pop():
-                end, window = found
-                answer = {"type": "prediction", "end_sample": end} | await engine.ask(lambda window=window: window)
-                stream.answers.append(answer)
-                await socket.send_json(answer)
+            await answer_due()
 
-# %% ../../nbs/81_service.stream.ipynb #5831ffd3
+# %% ../../nbs/81_service.stream.ipynb #baeb6d0d
 async def serve_stream(
     socket: WebSocket,  # not yet accepted
     streams: Streams,
