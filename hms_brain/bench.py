@@ -127,6 +127,7 @@ def machine_row() -> dict:
     name = f"machine: {platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
     return {"what": name, "seconds": "", "peer": "", "peer_seconds": "", "times_faster": ""}
 
+# %% ../nbs/87_bench.ipynb #c081f67f
 def measure_simulation() -> list[dict]:  # rows as of `measure`
     "How fast complete ten-minute examples (20 channels, spectrogram, votes, files) are simulated, on one core and on two."
     rows = [machine_row()]
@@ -149,6 +150,7 @@ def percentile(times: list[float], q: float) -> float:  # ms; NaN-free: 0 for no
     "A percentile of some times in milliseconds."
     return round(1000 * float(np.percentile(times, q)), 1) if times else 0.0
 
+# %% ../nbs/87_bench.ipynb #36ab6649
 async def load(
     url: str,  # of the service
     clients: int,  # at once
@@ -177,6 +179,7 @@ async def load(
         await asyncio.gather(look(), *(ask() for _ in range(clients)))
     return {"statuses": statuses, "times": times, "health": looks}
 
+# %% ../nbs/87_bench.ipynb #807b9c95
 def load_row(
     what: str,
     url: str,
@@ -210,6 +213,7 @@ def health(): return {}
 uvicorn.run(app, port=int(sys.argv[1]), log_level="error")
 """
 
+# %% ../nbs/87_bench.ipynb #5cdb841d
 @contextmanager
 def running_peer() -> Iterator[str]:  # URL
     "The naive service in a process of its own. Raises RuntimeError when it does not start."
@@ -227,6 +231,7 @@ def running_peer() -> Iterator[str]:  # URL
         process.terminate()
         process.wait()
 
+# %% ../nbs/87_bench.ipynb #ed60f761
 def measure_service(
     seconds: float = 10.0,  # of load per row
 ) -> list[dict]:  # rows: what, clients, answered, per_second, p50_ms, p99_ms, health_p99_ms, busy_429, errors
@@ -241,5 +246,4 @@ def measure_service(
         rows += [load_row("hms serve, JSON", url, n, seconds, text, "application/json") for n in (8, 64)]
     with running_peer() as url: return rows + [load_row("naive, JSON", url, n, seconds, text, "application/json") for n in (8, 64)]
 
-# %% ../nbs/87_bench.ipynb #9e15195f
 TOPICS: dict[str, Callable[..., list[dict]]] = {"all": measure, "simulate": measure_simulation, "serve": measure_service}  # what `hms bench` can be asked

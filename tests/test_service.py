@@ -528,7 +528,7 @@ def test_load(service):
 def test_sigterm_cuts_no_answer(eeg):
     "Clients under way are answered, later ones hear 503, the process ends with code 0."
     outcomes, ready = Counter(), []
-    with running_service("--grace", "3", HMS_SYSTEM_THREADS="1") as (url, process):
+    with running_service("--grace", "20", HMS_SYSTEM_THREADS="1") as (url, process):
         def ask():
             with httpx.Client(base_url=url, timeout=120, trust_env=False) as http:
                 while True:
@@ -539,7 +539,7 @@ def test_sigterm_cuts_no_answer(eeg):
                     if answer.status_code == 503: return
         threads = [threading.Thread(target=ask) for _ in range(8)]
         for t in threads: t.start()
-        time.sleep(3)
+        while not outcomes[200]: time.sleep(0.1)
         process.send_signal(signal.SIGTERM)
         time.sleep(0.5)
         for path in ("/health/live", "/health/ready"): ready.append(httpx.get(url + path, trust_env=False).status_code)

@@ -31,7 +31,7 @@ from ..preprocess import ModelInput
 from ..quality import Flag
 from ..records import Recording, from_arrays
 
-# %% ../../nbs/81_service.core.ipynb #b2563972
+# %% ../../nbs/81_service.core.ipynb #3881a476
 def problem(
     status: int,  # of HTTP
     detail: str,  # one line for people
@@ -49,7 +49,7 @@ def input_problem(
     where = f"{error.where}: " if isinstance(error.where, str) and not Path(error.where).is_absolute() else ""
     return problem(422, f"{where}{error.what}" + (f"; {error.mend}" if error.mend else ""))
 
-# %% ../../nbs/81_service.core.ipynb #da29170e
+# %% ../../nbs/81_service.core.ipynb #93f534a0
 def read_json(
     body: bytes,
 ) -> dict:
@@ -86,7 +86,7 @@ def read_array(
     x = np.frombuffer(body, dtype, offset=offset).reshape(shape, order="F" if fortran else "C")
     with np.errstate(over="ignore"): return x.astype(np.float32) * np.float32(1 if scale is None else scale)
 
-# %% ../../nbs/81_service.core.ipynb #ad0eeba1
+# %% ../../nbs/81_service.core.ipynb #fa7084a0
 IMAGE = (3, 224, 224)
 MAX_SAMPLES = 64  # of one batch
 Row = list[float | None]
@@ -111,7 +111,7 @@ class Window(NamedTuple):
     image: np.ndarray | None = None  # (3, 224, 224), given by the caller
     context: tuple | None = None  # see `Preprocess`
 
-# %% ../../nbs/81_service.core.ipynb #7ad9ce73
+# %% ../../nbs/81_service.core.ipynb #ad13a803
 def make_window(
     eeg: np.ndarray,  # (19, n) float32 uV, NaN where missing
     fs: Any = FS,  # Hz
@@ -155,7 +155,7 @@ def with_image(
     if np.abs(image).max() > 1: return replace(x, flags=(*x.flags, Flag("spectrogram", "the given one leaves -1..1 and was not used; drawn from the EEG instead")))
     return replace(x, image=image, flags=(*x.flags, Flag("spectrogram", "given by the caller")))
 
-# %% ../../nbs/81_service.core.ipynb #9fb2e2c2
+# %% ../../nbs/81_service.core.ipynb #58699814
 def input_hash(
     x: ModelInput,
 ) -> str:  # 64 hexadecimal digits

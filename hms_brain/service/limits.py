@@ -23,7 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from ..monitor import Metrics
 from .core import problem
 
-# %% ../../nbs/81_service.limits.ipynb #f532e7aa
+# %% ../../nbs/81_service.limits.ipynb #b70c3faa
 def header(
     scope: Scope,
     name: bytes,  # lower case
@@ -42,7 +42,7 @@ async def refuse(
     scope["hms_reason"] = reason
     await problem(status, detail, headers)(scope, receive, send)
 
-# %% ../../nbs/81_service.limits.ipynb #ee5cee20
+# %% ../../nbs/81_service.limits.ipynb #2cf8e602
 def host_name(
     host: str,  # Host header: name, name:port, [::1]:port
 ) -> str:  # lower case, without port; empty when it is none
@@ -61,6 +61,7 @@ def check_host(
         await app(scope, receive, send)
     return guarded
 
+# %% ../../nbs/81_service.limits.ipynb #681abd2b
 def check_origin(
     app: ASGIApp,
     origins: Collection[str] = (),  # of other web pages that may call, "https://ward.example"
@@ -73,7 +74,7 @@ def check_origin(
         await app(scope, receive, send)
     return guarded
 
-# %% ../../nbs/81_service.limits.ipynb #94e052cb
+# %% ../../nbs/81_service.limits.ipynb #6bfea1e9
 @dataclass(frozen=True)
 class Limit:
     "What a route takes."
@@ -86,6 +87,7 @@ LIMITS = {"/predict": Limit(16 * MIB, 30, "predict"), "/predict_batch": Limit(64
           "/predict/file": Limit(2048 * MIB, 1800, "file"), "/jobs": Limit(2048 * MIB, 1800, "file")}
 OTHER = Limit(64 << 10, 10)  # every other route
 
+# %% ../../nbs/81_service.limits.ipynb #b0bce285
 def cap_body(
     app: ASGIApp,
     limits: Mapping[str, Limit] = LIMITS,  # by path
@@ -110,7 +112,7 @@ def cap_body(
         await app(scope, counted, send)
     return guarded
 
-# %% ../../nbs/81_service.limits.ipynb #6a8bfbf1
+# %% ../../nbs/81_service.limits.ipynb #cda3c929
 @dataclass
 class Slots:
     "How many requests of each pool are under way."
@@ -119,6 +121,7 @@ class Slots:
     used: Counter = field(default_factory=Counter)
     draining: bool = False  # True: nothing new is taken
 
+# %% ../../nbs/81_service.limits.ipynb #36980f29
 def take_slot(
     app: ASGIApp,
     slots: Slots,
@@ -160,7 +163,7 @@ def limit_rate(
         await app(scope, receive, send)
     return guarded
 
-# %% ../../nbs/81_service.limits.ipynb #bd3e30c2
+# %% ../../nbs/81_service.limits.ipynb #e2e28093
 def route_of(
     scope: Scope,  # after the routes have seen it
     known: Collection[str] = frozenset(LIMITS),
@@ -169,6 +172,7 @@ def route_of(
     route = getattr(scope.get("route"), "path", None)
     return route or (scope["path"] if scope["path"] in known else "other")
 
+# %% ../../nbs/81_service.limits.ipynb #f07e236f
 def count_requests(
     app: ASGIApp,
     metrics: Metrics,

@@ -21,7 +21,7 @@ import jwt
 
 from ..core import InputError, find_root, get_settings
 
-# %% ../../nbs/81_service.tokens.ipynb #20dd5204
+# %% ../../nbs/81_service.tokens.ipynb #ca289086
 MIN_SECRET = 32  # bytes: as long as the hash (RFC 7518, 3.2)
 
 def load_secret() -> bytes:
@@ -37,7 +37,7 @@ def load_secret() -> bytes:
     if len(secret) < MIN_SECRET: raise InputError(f"a secret of {len(secret)} bytes", where, f"{MIN_SECRET} or more are needed: hms token secret makes one")
     return secret
 
-# %% ../../nbs/81_service.tokens.ipynb #bcde0ff6
+# %% ../../nbs/81_service.tokens.ipynb #0ad9beab
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 @dataclass(frozen=True)
@@ -60,6 +60,7 @@ def split_list(text: str) -> tuple[str, ...]:
     "The words between commas."
     return tuple(w.strip() for w in text.split(",") if w.strip())
 
+# %% ../../nbs/81_service.tokens.ipynb #130e8f3f
 def read_terms(
     host: str,  # address to listen on
 ) -> Terms:
@@ -73,7 +74,7 @@ def read_terms(
         raise InputError(f"the service would answer anyone who reaches {host}", where, "set auth = on, hosts = the names it goes by, and a secret; or host = 127.0.0.1")
     return Terms(frozenset((*LOOPBACK, *hosts)), origins, load_secret() if d.auth else None, d.in_flight, d.rate)
 
-# %% ../../nbs/81_service.tokens.ipynb #f02d99fd
+# %% ../../nbs/81_service.tokens.ipynb #b21f6a6a
 SCOPES = ("predict", "metrics", "admin")  # predictions, streams, jobs and the card; /metrics; /model/reload
 AUDIENCE = "hms_brain"
 
@@ -96,6 +97,7 @@ def make_token(
     now = int(time.time())
     return jwt.encode({"sub": subject, "aud": AUDIENCE, "iat": now, "exp": now + int(seconds), "scope": " ".join(scopes)}, secret, algorithm="HS256")
 
+# %% ../../nbs/81_service.tokens.ipynb #a26cf2f0
 def read_token(
     secret: bytes,
     token: str,

@@ -56,7 +56,7 @@ from .limits import Slots, cap_body, check_host, check_origin, count_requests, l
 from .stream import Streams, serve_stream
 from .tokens import Caller, Terms, read_terms, read_token
 
-# %% ../../nbs/81_service.web.ipynb #fae8aa3c
+# %% ../../nbs/81_service.web.ipynb #c191ddad
 def token_of(
     connection: HTTPConnection,
 ) -> str:  # empty when there is none
@@ -79,6 +79,7 @@ def need(
         return caller
     return check
 
+# %% ../../nbs/81_service.web.ipynb #70652161
 may_predict, may_measure, may_manage = need("predict"), need("metrics"), need("admin")
 bearer = Depends(HTTPBearer(auto_error=False))  # for the button in /docs
 health = APIRouter(tags=["health"])
@@ -88,7 +89,7 @@ measures = APIRouter(tags=["operation"], dependencies=[Depends(may_measure), bea
 management = APIRouter(tags=["operation"], dependencies=[Depends(may_manage), bearer])
 MayPredict = Annotated[Caller, Depends(may_predict)]
 
-# %% ../../nbs/81_service.web.ipynb #4daee69a
+# %% ../../nbs/81_service.web.ipynb #612e2efc
 class Problem(BaseModel):
     "Every error (RFC 9457)."
     type: str
@@ -110,6 +111,7 @@ def takes(
     schema = schema | {"$defs": {}} if "$defs" not in schema else schema
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}, NPY: {"schema": {"type": "string", "format": "binary"}}}}}
 
+# %% ../../nbs/81_service.web.ipynb #abef02e3
 async def read_body(
     request: Request,
     scale: float | None, fs: float | None, at: float | None,  # of an array
@@ -120,7 +122,6 @@ async def read_body(
     if kind != NPY and not scale is fs is at is None: raise InputError("belong to arrays", "scale, fs, at", "in JSON fs and at are fields beside eeg_data")
     return await request.body(), kind == NPY
 
-# %% ../../nbs/81_service.web.ipynb #e96584fd
 @predictions.post("/predict", responses=ERRORS | {200: {"model": Answer}}, openapi_extra=takes(Sample))
 async def predict(request: Request, scale: Scale = None, fs: Rate = None, at: At = None) -> Response:
     "Classify one window: JSON, or an array of 19 x samples."
@@ -135,6 +136,7 @@ def split_array(
     if x.ndim != 3 or not 1 <= len(x) <= MAX_SAMPLES: raise InputError("is not a batch", "body", f"give 1 to {MAX_SAMPLES} x 19 x samples")
     return [make_window(window, fs) for window in x]
 
+# %% ../../nbs/81_service.web.ipynb #ca2e087d
 @predictions.post("/predict_batch", responses=ERRORS | {200: {"model": Answers}}, openapi_extra=takes(Batch))
 async def predict_batch(request: Request, scale: Scale = None, fs: Rate = None) -> Response:
     "Classify up to 64 windows: JSON, or an array of n x 19 x samples. One bad window refuses the batch."
@@ -146,7 +148,7 @@ async def predict_batch(request: Request, scale: Scale = None, fs: Rate = None) 
         answers += await asyncio.gather(*(engine.ask(lambda w=w: w) for w in windows[i:i + BATCH]))  # type: ignore[misc]
     return JSONResponse({"predictions": answers})
 
-# %% ../../nbs/81_service.web.ipynb #4ebfc8de
+# %% ../../nbs/81_service.web.ipynb #aa3f19a9
 HEADERS = (".vhdr", ".lay", ".set")  # formats whose header names the other files
 
 def keep_files(
@@ -165,6 +167,7 @@ def keep_files(
         raise
     return next((p for p in paths if p.suffix.lower() in HEADERS), paths[0])
 
+# %% ../../nbs/81_service.web.ipynb #4f6470ec
 def read_file(
     path: Path,
     at: float | None,  # centre, s from the beginning of the file
@@ -185,7 +188,7 @@ async def predict_upload(request: Request, file: list[UploadFile], at: At = None
         return JSONResponse(await engine.ask(lambda: read_file(path, at, unit), engine.decoders))
     finally: shutil.rmtree(folder, ignore_errors=True)
 
-# %% ../../nbs/81_service.web.ipynb #a2ca7a56
+# %% ../../nbs/81_service.web.ipynb #c7aec48b
 JobId = Annotated[str, InPath(pattern="^[0-9a-f]{16}$")]
 
 @predictions.post("/jobs", status_code=202, responses=ERRORS)
@@ -207,13 +210,14 @@ async def see_job(request: Request, caller: MayPredict, id: JobId) -> Response:
     if job is None: raise HTTPException(404, "no such job")
     return JSONResponse(job)
 
+# %% ../../nbs/81_service.web.ipynb #306fe5ec
 @predictions.delete("/jobs/{id}", status_code=204, responses=ERRORS)
 async def forget_job(request: Request, caller: MayPredict, id: JobId) -> Response:
     "Remove a job, its file and its result; one that runs cannot be removed."
     if not await asyncio.to_thread(request.app.state.ledger.forget, id, caller.subject): raise HTTPException(404, "no such job, or it is running")
     return Response(status_code=204)
 
-# %% ../../nbs/81_service.web.ipynb #e2fa6362
+# %% ../../nbs/81_service.web.ipynb #aa3fda44
 StreamId = Annotated[str, InPath(pattern="^[A-Za-z0-9_-]{1,64}$")]
 
 @streaming.websocket("/ws/stream/{id}")
@@ -240,6 +244,7 @@ async def metrics(request: Request) -> Response:
     for name, n in (await asyncio.to_thread(state.ledger.count)).items(): state.engine.metrics.jobs.labels(name).set(n)
     return Response(state.engine.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
+# %% ../../nbs/81_service.web.ipynb #924a66eb
 @health.get("/health/live")
 async def live() -> dict:
     "The process answers."
@@ -273,7 +278,7 @@ def explain_errors(app: FastAPI):
     for kind, handler in ((StarletteHTTPException, http), (RequestValidationError, invalid), (InputError, unusable), (ClientDisconnect, gone), (Exception, fault)):
         app.add_exception_handler(kind, handler)
 
-# %% ../../nbs/81_service.web.ipynb #92235141
+# %% ../../nbs/81_service.web.ipynb #6f2a7913
 FILES = 4  # uploads at once
 
 @asynccontextmanager
@@ -287,6 +292,7 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     stop.set(); state.wake.set(); queue.cancel()
     state.engine.close()
 
+# %% ../../nbs/81_service.web.ipynb #634125d6
 def create_app(
     terms: Terms | None = None,  # default: those of the loopback interface
     bundle: str | os.PathLike | None = None,  # folder; default: `default_bundle()`
@@ -342,7 +348,7 @@ class Server(uvicorn.Server):
         name, port = sockets[0].getsockname()[:2]
         print(f"http://{f'[{name}]' if ':' in name else name}:{port}", flush=True)
 
-# %% ../../nbs/81_service.web.ipynb #69006c0d
+# %% ../../nbs/81_service.web.ipynb #05cb37ff
 def listen(
     host: str,
     port: int,  # 0: a free one
@@ -351,6 +357,7 @@ def listen(
     try: return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=2048)
     except (OSError, OverflowError) as e: raise InputError(f"cannot listen on {host}:{port} ({getattr(e, 'strerror', None) or e})", "[deployment]", "choose another host or service_port") from None
 
+# %% ../../nbs/81_service.web.ipynb #cecdfefa
 def serve(
     host: str | None = None,  # default: [deployment] host
     port: int | None = None,  # default: [deployment] service_port; 0: a free one
