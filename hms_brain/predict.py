@@ -12,7 +12,7 @@ __all__ = ['Prediction', 'as_votes', 'warn', 'read_by_rules', 'assess', 'Predict
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -145,15 +145,24 @@ class Predictor:
     ) -> Prediction:
         "Classify one window of a recording. Raises `InputError` when there is too little of it."
         begin = time.perf_counter()
-        x = self.inputs(recording, at, context)
-        (p,), (features,) = self.answers([x])
-        known, measured, doubtful = (None, None, ()) if x.abstain else assess(self.bundle, x, p, features)
-        reasons = (*x.reasons, *(f"{d['kind']}: {d['detail']}" for d in doubtful if d["kind"] in self.abstain_on))
-        votes = as_votes(self.bundle.prior if reasons else p)
-        return Prediction(probabilities=votes, predicted=None if reasons else max(votes, key=votes.__getitem__), quality=tuple(asdict(flag) for flag in x.flags),
-                          abstained=bool(reasons), reasons=reasons, bundle=self.bundle.identity(), warnings=warn(self.bundle, recording, reasons),
-                          at=round(recording.start + x.at, 3), seconds=round(time.perf_counter() - begin, 4),
-                          uncertainty=known, measured=measured, doubts=doubtful)
+        answer, = self.conclude([recording], [self.inputs(recording, at, context)])
+        return replace(answer, seconds=round(time.perf_counter() - begin, 4))
+
+    def conclude(self,
+        recordings: list[Recording],  # where each window comes from
+        inputs: list[ModelInput],  # windows
+    ) -> list[Prediction]:
+        "Answer several windows in one call of the network."
+        begin, out = time.perf_counter(), []
+        for recording, x, p, features in zip(recordings, inputs, *self.answers(inputs)):
+            known, measured, doubtful = (None, None, ()) if x.abstain else assess(self.bundle, x, p, features)
+            reasons = (*x.reasons, *(f"{d['kind']}: {d['detail']}" for d in doubtful if d["kind"] in self.abstain_on))
+            votes = as_votes(self.bundle.prior if reasons else p)
+            out.append(Prediction(probabilities=votes, predicted=None if reasons else max(votes, key=votes.__getitem__), quality=tuple(asdict(flag) for flag in x.flags),
+                                  abstained=bool(reasons), reasons=reasons, bundle=self.bundle.identity(), warnings=warn(self.bundle, recording, reasons),
+                                  at=round(recording.start + x.at, 3), seconds=round(time.perf_counter() - begin, 4),
+                                  uncertainty=known, measured=measured, doubts=doubtful))
+        return out
 
 # %% ../nbs/71_predict.ipynb #59ece63e
 def stored_context(
