@@ -7,7 +7,7 @@ Docs: https://hms-brain.github.io/hms_brain/cli.html.md"""
 # %% auto #0
 __all__ = ['app', 'FileArg', 'JsonOption', 'PIPELINES', 'say', 'print_json', 'print_table', 'parse_channels', 'print_prediction',
            'predict', 'sample_path', 'demo', 'simulate', 'spectrogram', 'score', 'PipelineCommand', 'add_pipeline',
-           'doctor', 'bench', 'lab', 'version', 'root', 'main']
+           'doctor', 'bench', 'app_command', 'lab', 'version', 'root', 'main']
 
 # %% ../nbs/90_cli.ipynb #efd7349a
 import json
@@ -220,6 +220,16 @@ def bench(
     rows = TOPICS[topic]()
     if as_json: print_json(rows)
     else: print_table(rows)
+
+@app.command(name="app")
+def app_command(
+    port: Annotated[int | None, typer.Option(help="default: app_port of the settings")] = None,
+    host: Annotated[str | None, typer.Option(help="an address of this machine")] = None,
+):
+    "Open, check, read and report recordings in the browser, on this machine only."
+    try: from hms_brain.app import serve_app
+    except ImportError as e: raise InputError(f"needs the package {e.name}", "hms app", "pip install 'hms_brain[app]'") from None
+    serve_app(host, port, say)
 
 @app.command()
 def lab():

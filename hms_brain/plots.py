@@ -6,7 +6,7 @@ Docs: https://hms-brain.github.io/hms_brain/plots.html.md"""
 
 # %% auto #0
 __all__ = ['CLASS_COLORS', 'CLASS_COLORS_SAFE', 'REGION_NAMES', 'SPECTRUM', 'spectrum_palette', 'page_traces', 'row_offsets',
-           'plot_page', 'plot_regions', 'plot_probabilities']
+           'plot_page', 'plot_regions', 'plot_probabilities', 'plot_burden']
 
 # %% ../nbs/52_plots.ipynb #5a791ae3
 from typing import TYPE_CHECKING
@@ -131,4 +131,18 @@ def plot_probabilities(
                               text=[f"{v:.2f}" for v in values], textposition="outside", cliponaxis=False, hoverinfo="skip"))
     figure.update_xaxes(range=[0, 1], title="share of expert votes", gridcolor="#e0e0e0")
     figure.update_layout(height=280, plot_bgcolor="white", margin=dict(l=80, r=40, t=20, b=45), showlegend=False)
+    return figure
+
+# %% ../nbs/52_plots.ipynb #32e3b037
+def plot_burden(
+    hours,  # DataFrame: hour (0, 1, ...), a share 0..1 per class but Other
+    colors: dict[str, str] = CLASS_COLORS,  # or CLASS_COLORS_SAFE
+) -> "Figure":  # stacked bars
+    "The share of each hour in which each pattern leads."
+    import plotly.graph_objects as go
+    figure = go.Figure()
+    for c in CLASSES[:-1]: figure.add_bar(x=hours["hour"] + 1, y=hours[c], name=CLASS_LABELS[c], marker_color=colors[c], hovertemplate=f"hour %{{x}}: {CLASS_LABELS[c]} %{{y:.0%}}<extra></extra>")
+    figure.update_yaxes(range=[0, 1], tickformat=".0%", title="share of the judged time", gridcolor="rgba(128,128,128,.25)", zeroline=False)
+    figure.update_xaxes(title="hour", dtick=1 if len(hours) <= 24 else None, range=[0.4, max(4.0, len(hours)) + 0.6])
+    figure.update_layout(barmode="stack", height=260, bargap=0.25, margin=dict(l=60, r=20, t=20, b=45), plot_bgcolor="rgba(0,0,0,0)", paper_bgcolor="rgba(0,0,0,0)", font=dict(color="#808890"), legend=dict(orientation="h", y=1.12))
     return figure

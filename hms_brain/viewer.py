@@ -138,10 +138,14 @@ class Session:
         piece = self.reader.part(first, min(self.reader.duration, at + CONTEXT_S / 2 + MARGIN_S) - first)
         return self.predictor(piece, at - piece.start)
 
-    def close(self):
-        "Stop the scan and remove the files."
+    def stop(self):
+        "Stop the scan and wait until it has stopped."
         self.halt.set()
         if self.thread is not None and self.thread is not threading.current_thread(): self.thread.join(timeout=10)
+
+    def close(self):
+        "Stop the scan and remove the files."
+        self.stop()
         shutil.rmtree(self.folder, ignore_errors=True)
 
 # %% ../nbs/81_viewer.ipynb #34899f9e
@@ -174,10 +178,11 @@ class Sessions:
         if session: session.seen = time.monotonic()
         return session
 
-    def close(self, token: str | None):
-        "Forget a session and remove its files."
+    def close(self, token: str | None, files: bool = True):
+        "Forget a session; remove its files, unless another look at them follows."
         with self.lock: session = self.held.pop(token or "", None)
-        if session: session.close()
+        if session and files: session.close()
+        elif session: session.stop()
 
     def close_all(self):
         "Forget everything."
