@@ -10,9 +10,11 @@ __all__ = ['HEADERS_FIRST', 'MAX_FILES', 'TEMPLATES', 'DOWNLOADS', 'CSS', 'HEAD'
            'measured', 'report_html', 'write_table', 'write_events', 'write_window', 'write_labels', 'write_downloads',
            'theme', 'Desk', 'build_app', 'PagePolicy', 'mount_app', 'create_app', 'serve_app']
 
-# %% ../nbs/82_app.ipynb #d05e1718
+# %% ../nbs/82_app.ipynb #47ecfe2d
 import os
 import shutil
+import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -132,7 +134,7 @@ def doubts(
     if ok.any():
         top = table.loc[ok, list(COLUMNS)].max(axis=1)
         out += [("Highest vote, median", f"{top.median():.2f}"), ("No class above one half", f"{(top < 0.5).mean():.0%} of the judged windows")]
-    counts = table.loc[~ok, "reason"].str.partition(":")[0].value_counts()
+    counts = table.loc[~ok, "reason"].map(lambda r: r.partition(":")[0]).value_counts()
     return out + [(f"Not asked: {kind or 'poor signal'}", length(session.step * n)) for kind, n in counts.items()]
 
 def measured(
@@ -195,16 +197,17 @@ def write_downloads(
 
 # %% ../nbs/82_app.ipynb #1ea3f0b0
 CSS = """
-.gradio-container { max-width: none !important; padding: 0 20px 8px !important; font-variant-numeric: tabular-nums }
+.gradio-container { max-width: none !important; padding: 0 !important; font-variant-numeric: tabular-nums } .gradio-container main { padding: 4px 14px 8px !important; max-width: none !important } .gradio-container button.lg, .gradio-container button.md { font-weight: 500; font-size: .95rem }
+#upload { max-width: 60rem } #sample { max-width: 18rem } #mapping * { font-family: var(--font) }
 footer { display: none !important }
 .hms-intro { max-width: 46rem; padding: 10px 0 4px } .hms-intro h1 { font-size: 1.5rem; font-weight: 600; margin: 0 0 .4rem; letter-spacing: -.01em } .hms-intro ul { margin: .6rem 0 0 1.1rem; list-style: disc } .hms-intro li { margin: .25rem 0 }
 .hms-note { color: var(--body-text-color-subdued); margin: .3rem 0; max-width: 60rem }
 .hms-error { border-left: 3px solid #b3261e; padding: .5rem 1rem; margin: .4rem 0; max-width: 60rem } .hms-error p { margin: .2rem 0 0 }
-.hms-facts, .hms-table { border-collapse: collapse } .hms-facts th { text-align: left; font-weight: 400; color: var(--body-text-color-subdued); padding: .3rem 1.6rem .3rem 0; vertical-align: top; white-space: nowrap } .hms-facts td { padding: .3rem 0 }
-.hms-facts tr + tr, .hms-table tr { border-top: 1px solid var(--border-color-primary) } .hms-table th { text-align: left; font-weight: 400; color: var(--body-text-color-subdued) } .hms-table th, .hms-table td { padding: .3rem 1.3rem .3rem 0 } .hms-table span, .hms-issues span { color: var(--body-text-color-subdued) }
+.hms-facts, .hms-table, .hms-facts tr, .hms-table tr, .hms-facts th, .hms-facts td, .hms-table th, .hms-table td { border-collapse: collapse; border: 0 !important } .hms-facts th { text-align: left; font-weight: 400; color: var(--body-text-color-subdued); padding: .3rem 1.6rem .3rem 0; vertical-align: top; white-space: nowrap } .hms-facts td { padding: .3rem 0 }
+.hms-facts tr + tr, .hms-table tr + tr { border-top: 1px solid var(--border-color-primary) !important } .hms-table th { text-align: left; font-weight: 400; color: var(--body-text-color-subdued) } .hms-table th, .hms-table td { padding: .3rem 1.3rem .3rem 0 } .hms-table span, .hms-issues span { color: var(--body-text-color-subdued) }
 h3 { font-size: .8rem !important; font-weight: 600; letter-spacing: .04em; text-transform: uppercase; color: var(--body-text-color-subdued); margin: 1.3rem 0 .4rem } .hms-issues { margin: 0 0 0 1.1rem; list-style: disc } .hms-issues li { margin: .2rem 0 }
 .hms-columns { display: grid; grid-template-columns: minmax(0, 3fr) minmax(0, 2fr); gap: 0 3rem } @media (max-width: 900px) { .hms-columns { display: block } }
-.hms-viewer { width: 100%; height: calc(100dvh - 78px); min-height: 520px; border: 1px solid var(--border-color-primary); border-radius: 6px; display: block }
+.hms-viewer { width: 100%; height: calc(100dvh - 74px); min-height: 520px; border: 1px solid var(--border-color-primary); border-radius: 6px; display: block }
 #read-tab, #read-tab .html-container { padding: 0 !important }
 """
 HEAD = """<script>
@@ -212,7 +215,7 @@ addEventListener("message", e => { if (e.origin === location.origin && e.data &&
 </script>"""
 FOCUS = "() => { setTimeout(() => { const f = document.querySelector('iframe.hms-viewer'); if (f) { f.focus(); f.contentWindow.postMessage({hms: 'set-theme', dark: document.body.classList.contains('dark')}, location.origin); f.contentWindow.focus(); } }, 60); }"
 LIMIT_GIB = 2  # of one file
-STEPS = {"every 2 s": 2.0, "every 5 s": 5.0, "every 10 s": 10.0, "every 30 s": 30.0}
+STEPS = {"a window every 2 s": 2.0, "a window every 5 s": 5.0, "a window every 10 s": 10.0, "a window every 30 s": 30.0}
 
 def theme():  # gradio Theme
     "Quiet colours, the computer's own fonts."
@@ -298,8 +301,8 @@ class Desk:
         try: return write_downloads(session, session.folder / "files")
         except InputError as e: raise gr.Error(str(e)) from None
 
-# %% ../nbs/82_app.ipynb #afe18de6
-UNITS_OFFERED = {"as the file says": None, "µV": "uV", "mV": "mV", "V": "V", "nV": "nV"}
+# %% ../nbs/82_app.ipynb #19846154
+UNITS_OFFERED = {"unit: as the file says": None, "unit: µV": "uV", "unit: mV": "mV", "unit: V": "V", "unit: nV": "nV"}
 
 def build_app(
     sessions: Sessions,
@@ -319,15 +322,16 @@ def build_app(
                 gr.HTML(fill("formats", limit=f"{LIMIT_GIB} GiB"))
             with gr.Tab("2  Check", id="check", interactive=False) as check:
                 with gr.Row():
-                    with gr.Column(scale=3): facts = gr.HTML(elem_id="facts")
+                    with gr.Column(scale=3):
+                        facts = gr.HTML(elem_id="facts")
+                        with gr.Row(equal_height=True):
+                            step = gr.Dropdown(list(STEPS), value="a window every 10 s", container=False, show_label=False, elem_id="step", scale=1)
+                            start = gr.Button("Read and classify", variant="primary", interactive=False, elem_id="start", scale=2)
                     with gr.Column(scale=2):
                         mapping = gr.Dataframe(headers=["label in the file", "electrode"], datatype="str", column_count=2, static_columns=[0], interactive=True, label="Channels", max_height=430, elem_id="mapping")
-                        with gr.Row():
-                            unit = gr.Dropdown(list(UNITS_OFFERED), value="as the file says", label="Unit", elem_id="unit")
+                        with gr.Row(equal_height=True):
+                            unit = gr.Dropdown(list(UNITS_OFFERED), value=next(iter(UNITS_OFFERED)), container=False, show_label=False, elem_id="unit")
                             again = gr.Button("Apply the mapping", elem_id="apply")
-                with gr.Row():
-                    step = gr.Dropdown(list(STEPS), value="every 10 s", label="A window", elem_id="step", scale=1)
-                    start = gr.Button("Read and classify", variant="primary", interactive=False, elem_id="start", scale=3)
             with gr.Tab("3  Read", id="read", interactive=False, elem_id="read-tab") as read: viewer = gr.HTML(elem_id="viewer", padding=False)
             with gr.Tab("4  Report", id="report", interactive=False) as report:
                 summary = gr.HTML(elem_id="report")
@@ -392,6 +396,9 @@ def serve_app(
     tell: Callable[[str], None] = print,  # called with the address
 ):
     "Run the page until it is interrupted. Raises `InputError` for an address that others can reach."
+    from importlib.util import find_spec
+    absent = [p for p in ("gradio", "uvicorn") if find_spec(p) is None]
+    if absent: raise InputError(f"needs the package {absent[0]}", "hms app", "pip install 'hms_brain[app]'")
     import uvicorn
     settings = get_settings().deployment
     host, port = host or settings.host, port or settings.app_port
@@ -400,5 +407,6 @@ def serve_app(
     try:
         app = create_app(sessions)
         tell(f"http://{'[::1]' if host == '::1' else host}:{port}")
-        uvicorn.run(app, host=host, port=port, log_level="warning", access_log=False, server_header=False)
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn hands the signal on when it is done: then the files go
+        uvicorn.run(app, host=host, port=port, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=3)
     finally: sessions.close_all()

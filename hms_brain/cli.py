@@ -227,8 +227,7 @@ def app_command(
     host: Annotated[str | None, typer.Option(help="an address of this machine")] = None,
 ):
     "Open, check, read and report recordings in the browser, on this machine only."
-    try: from hms_brain.app import serve_app
-    except ImportError as e: raise InputError(f"needs the package {e.name}", "hms app", "pip install 'hms_brain[app]'") from None
+    from hms_brain.app import serve_app
     serve_app(host, port, say)
 
 @app.command()

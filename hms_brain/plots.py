@@ -79,13 +79,13 @@ def plot_page(
     montage: str = "double_banana",  # a name of signal.MONTAGES
     spacing: float = 100.0,  # uV between rows: the sensitivity
 ) -> "Figure":  # one page
-    "The EEG page that readers read: montage on the left, seconds below, the EKG in red, a 100 uV bar."
+    "The EEG page that readers read: negative is up, montage on the left, seconds below, the EKG in red, a 100 uV bar."
     import plotly.graph_objects as go
     times, traces, labels = page_traces(recording, at, seconds, montage)
     offsets = row_offsets(labels, spacing)
     figure = go.Figure()
     for label, trace, y in zip(labels, traces, offsets):
-        figure.add_scatter(x=np.round(times, 3), y=np.round(np.clip(trace, -3 * spacing, 3 * spacing) + y, 1), mode="lines", name=label,
+        figure.add_scatter(x=np.round(times, 3), y=np.round(np.clip(trace if label == "EKG" else -trace, -3 * spacing, 3 * spacing) + y, 1), mode="lines", name=label,
                            line=dict(width=0.9, color="#c00000" if label == "EKG" else "#1a1a1a"), hovertemplate=f"{label} %{{x:.2f}} s<extra></extra>")
     figure.add_scatter(x=[times[-1] + 0.012 * seconds] * 2, y=[offsets[-1], offsets[-1] + 100], mode="lines", line=dict(width=3, color="#1a1a1a"), hoverinfo="skip")
     figure.add_annotation(x=times[-1] + 0.017 * seconds, y=offsets[-1] + 50, text="100<br>µV", showarrow=False, xanchor="left", font=dict(size=11))

@@ -100,7 +100,7 @@ function toast(text) { $("toast").textContent = text; $("toast").classList.add("
 function showProgress({ state, done, total, left, error }) {
   $("progress").hidden = state !== "running" && state !== "waiting";
   $("bar").value = total ? done / total : 0;
-  $("left").textContent = total ? `${done} of ${total} windows${left === null ? "" : `, ${span(left)} left`}` : "the model is loaded";
+  $("left").textContent = total ? `${done} of ${total} windows${left === null ? "" : `, ${span(left)} left`}` : "loading the model, reading the first minutes";
   if (state === "failed") toast(error || "the scan failed");
 }
 
@@ -190,7 +190,7 @@ function hatch(g, x, y, w, h) {
 function niceStep(duration, most) { return [10, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 10800, 14400, 21600].find(s => duration / s <= most) || 43200; }
 
 function drawLanes(canvas, compact) {
-  const { g, w, h } = pen(canvas), about = view.about, classes = about.classes, left = 64, right = w - 12, top = compact ? 5 : 14, bottom = h - (compact ? 18 : 26);
+  const { g, w, h } = pen(canvas), about = view.about, classes = about.classes, left = 74, right = w - 14, top = compact ? 5 : 14, bottom = h - (compact ? 18 : 26);
   const width = right - left, lane = (bottom - top) / classes.length, pxOf = t => left + width * t / about.duration;
   canvas.place = { left, width };
   const columns = Math.max(1, Math.floor(width)), { step, first } = about.scan;
@@ -218,9 +218,9 @@ function drawLanes(canvas, compact) {
     }
     g.globalAlpha = 1;
     if (!compact && k < 5) { const y = Math.round(base - view.threshold * high) + 0.5; g.strokeStyle = ink.box; g.setLineDash([3, 4]); g.beginPath(); g.moveTo(left, y); g.lineTo(right, y); g.stroke(); g.setLineDash([]); }
-    g.fillStyle = colourOf(c); g.fillRect(8, base - (compact ? lane / 2 + 2 : 14), compact ? 6 : 9, compact ? 6 : 9);
+    g.fillStyle = colourOf(c); g.fillRect(10, base - (compact ? lane / 2 + 2 : high / 2 + 4), compact ? 6 : 9, compact ? 6 : 9);
     g.fillStyle = ink.ink; g.textAlign = "left"; g.font = compact ? '10px system-ui, Arial, sans-serif' : '12px system-ui, Arial, sans-serif';
-    g.fillText(c.label, compact ? 19 : 22, base - (compact ? lane / 2 - 1 : 9));
+    g.fillText(c.label, compact ? 21 : 25, base - (compact ? lane / 2 - 1 : high / 2));
   });
   g.font = '11px system-ui, Arial, sans-serif';
   g.fillStyle = ink.soft; g.textAlign = "center";
@@ -271,7 +271,8 @@ function drawRegions() {
   });
   g.save(); g.translate(9, (top + bottom) / 2); g.rotate(-Math.PI / 2); g.fillStyle = ink.soft; g.textAlign = "center"; g.fillText("Hz", 0, 0); g.restore();
   g.textAlign = "center"; g.fillStyle = ink.soft;
-  for (let t = Math.ceil(t0 / 120) * 120; t <= t0 + TILE; t += 120) { const x = pxOf(t); g.fillText(hms(t), clamp(x, left + 20, right - 20), h - 10); }
+  const minutes = width > 330 ? 120 : 300;
+  for (let t = Math.ceil(t0 / minutes) * minutes; t <= t0 + TILE; t += minutes) { const x = pxOf(t); g.fillText(hms(t), clamp(x, left + 20, right - 20), h - 10); }
 }
 
 function montageRows() {
@@ -344,24 +345,24 @@ function averages(data) {
 
 function trace(g, data, line, x0, x1, y0, gain, limit) {
   const plus = data.rows[line.plus], minus = line.minus >= 0 ? data.rows[line.minus] : null, mean = line.minus === -2 ? averages(data) : null;
-  const { m, step } = data, per = (x1 - x0) / m, scale = gain * step;
+  const { m, step } = data, per = (x1 - x0) / m, scale = (line.ekg ? -gain : gain) * step;  // EEG: negative is up
   g.strokeStyle = line.ekg ? ink.ekg : ink.trace; g.lineWidth = 0.9; g.beginPath();
   let down = false;
   for (let i = 0; i < m; i++) {
     const a = plus[i], b = minus ? minus[i] : 0;
     if (a === ABSENT || b === ABSENT) { down = false; continue; }
-    const dy = (mean ? a - mean[i] : a - b) * scale, y = y0 - (dy > limit ? limit : dy < -limit ? -limit : dy), x = x0 + i * per;
+    const dy = (mean ? a - mean[i] : a - b) * scale, y = y0 + (dy > limit ? limit : dy < -limit ? -limit : dy), x = x0 + i * per;
     if (down) g.lineTo(x, y); else { g.moveTo(x, y); down = true; }
   }
   g.stroke();
 }
 
 function scaleBar(g, right, bottom, pxPerUv, pxPerS) {
-  const uv = [20, 50, 100, 200, 500, 1000].find(u => u * pxPerUv >= 18) || 1000, high = uv * pxPerUv, wide = Math.min(pxPerS, 90), x = right - 12, y = bottom - 10;
-  g.fillStyle = ink.paper; g.globalAlpha = 0.8; g.fillRect(x - wide - 8, y - high - 8, wide + 16, high + 14); g.globalAlpha = 1;
+  const uv = [20, 50, 100, 200, 500, 1000].find(u => u * pxPerUv >= 18) || 1000, high = uv * pxPerUv, wide = Math.min(pxPerS, 90), x = right - 12, y = bottom - 20;
+  g.fillStyle = ink.paper; g.globalAlpha = 0.85; g.fillRect(x - wide - 48, y - high - 8, wide + 54, high + 24); g.globalAlpha = 1;
   g.strokeStyle = ink.ink; g.lineWidth = 1.6; g.beginPath(); g.moveTo(x - wide, y - high); g.lineTo(x - wide, y); g.lineTo(x, y); g.stroke();
-  g.fillStyle = ink.ink; g.textAlign = "left"; g.fillText(`${uv} µV`, x - wide + 5, y - high / 2 - 1); g.textAlign = "right";
-  g.fillText(wide < pxPerS ? `${(wide / pxPerS).toFixed(1)} s` : "1 s", x, y - 8);
+  g.fillStyle = ink.ink; g.textAlign = "right"; g.fillText(`${uv} µV`, x - wide - 5, y - high / 2); g.textAlign = "center";
+  g.fillText(wide < pxPerS ? `${(wide / pxPerS).toFixed(1)} s` : "1 s", x - wide / 2, y + 8);
 }
 
 function prefetch() {
