@@ -93,6 +93,7 @@ def keep_copy(
             gaps += [(r.start + a / FS, r.start + b / FS) for a, b in find_runs(np.isnan(r.eeg).all(0)) if b - a > GAP_S * FS]
     return tuple(dict.fromkeys(issues)), tuple(gaps)
 
+# %% ../nbs/76_pages.ipynb #eaa2e71c
 def copy_parts(
     copy: Path,  # written by `keep_copy`
     look: Recording,  # the first look
@@ -105,7 +106,7 @@ def copy_parts(
         return replace(look, signal=np.ascontiguousarray(x.reshape(-1, n_chans).T), start=first / FS, issues=())
     return part
 
-# %% ../nbs/76_pages.ipynb #4bef4502
+# %% ../nbs/76_pages.ipynb #c134fbf2
 def open_reader(
     path: str | Path,  # a recording in any readable format
     folder: str | Path,  # where a copy may be kept, if one is needed
@@ -131,7 +132,7 @@ def open_reader(
     return Reader(path, edf_parts(file, units, channel_map, look.id), look, tuple(edges), issues, kind,
                   tuple(sorted({file.rates[i] for i in used})), tuple(dict.fromkeys(str(units[i]) for i in used)))
 
-# %% ../nbs/76_pages.ipynb #298ae089
+# %% ../nbs/76_pages.ipynb #a3208204
 def labels_of(
     path: str | Path,  # a recording
 ) -> list[str]:  # as shown to people; empty when the format does not tell
@@ -141,7 +142,7 @@ def labels_of(
     header = read_header(Path(path))
     return clean_labels([x if s else "" for x, s in zip(header.labels, header.samples)])
 
-# %% ../nbs/76_pages.ipynb #77bd622e
+# %% ../nbs/76_pages.ipynb #ef95f388
 PAGE_MARGIN_S = 8.0  # s on either side that a filter reads beyond the page
 LOW_CUTS, HIGH_CUTS, MAINS = (None, 0.3, 0.5, 1.0, 5.0), (15.0, 35.0, 40.0, 70.0, None), (None, 50.0, 60.0)  # Hz
 MAX_PAGE_S = 120.0
@@ -167,7 +168,7 @@ def page(
     if b > a: out[:, a:b] = x[:len(out), a - shift:b - shift]
     return out
 
-# %% ../nbs/76_pages.ipynb #ad2e5e68
+# %% ../nbs/76_pages.ipynb #ee376b98
 ABSENT = -32768  # a sample without data
 FINEST_UV = 0.02  # the smallest step, uV
 
@@ -188,7 +189,7 @@ def unpack_page(
     steps = np.frombuffer(data, "<i2", rows * n, 12).reshape(rows, n)
     return np.where(steps == ABSENT, np.float32(np.nan), steps * np.float32(step))
 
-# %% ../nbs/76_pages.ipynb #b0f7f6ee
+# %% ../nbs/76_pages.ipynb #35610fca
 TILE_S, TILE_MARGIN_S, KEPT_TILES = CONTEXT_S, 10.0, 32
 
 def tile(
@@ -209,6 +210,7 @@ def tile(
     out[..., :power.shape[-1]] = shade.astype(np.uint8)
     return out
 
+# %% ../nbs/76_pages.ipynb #5ffd9a7f
 class Tiles:
     "Tiles of a recording, made once, one at a time, the latest kept."
     def __init__(self, reader: Reader):

@@ -361,7 +361,7 @@ def test_a_day(tab, server, tmp_path):
     frame.locator("#cancel").click()
     tab.wait_for_timeout(3000)
     frame.evaluate("hmsReader.turns.length = 0")
-    for k in range(40):
+    for _ in range(40):
         press(frame, "PageDown"); tab.wait_for_timeout(150)
     turns = frame.evaluate("hmsReader.turns")
     print(f"page turns: median {np.median(turns):.0f} ms, 90 % {np.percentile(turns, 90):.0f} ms; RSS {rss(server[1]):.0f} MiB")
