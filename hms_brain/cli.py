@@ -8,7 +8,8 @@ Docs: https://hms-brain.github.io/hms_brain/cli.html.md"""
 __all__ = ['app', 'FileArg', 'JsonOption', 'PIPELINES', 'kaggle', 'PackArg', 'tokens', 'say', 'print_json', 'print_table',
            'parse_channels', 'print_prediction', 'predict', 'scan', 'sample_path', 'demo', 'simulate', 'spectrogram',
            'score', 'PipelineCommand', 'add_pipeline', 'pack_folder', 'pack', 'push', 'submit', 'answer', 'doctor',
-           'serve', 'create_token', 'create_secret', 'bench', 'print_twin', 'lab', 'version', 'root', 'main']
+           'serve', 'create_token', 'create_secret', 'bench', 'print_twin', 'app_command', 'lab', 'version', 'root',
+           'main']
 
 # %% ../nbs/90_cli.ipynb #efd7349a
 import json
@@ -387,6 +388,15 @@ def print_twin(found: dict, as_json: bool):
         print_table(found["estimate"])
 
 # %% ../nbs/90_cli.ipynb #33ab9d01
+@app.command(name="app")
+def app_command(
+    port: Annotated[int | None, typer.Option(help="default: app_port of the settings")] = None,
+    host: Annotated[str | None, typer.Option(help="an address of this machine")] = None,
+):
+    "Open, check, read and report recordings in the browser, on this machine only."
+    from hms_brain.app import serve_app
+    serve_app(host, port, say)
+
 @app.command()
 def lab():
     "JupyterLab on the notebooks, on this machine only."

@@ -7,12 +7,12 @@ Docs: https://hms-brain.github.io/hms_brain/formats.edf.html.md"""
 # %% auto #0
 __all__ = ['MAX_CHANNELS', 'MAX_RECORD_BYTES', 'STAMP', 'MAX_GAPS_TOLD', 'number', 'EdfHeader', 'count_records', 'check_date',
            'read_header', 'record_onsets', 'find_runs', 'calibrate', 'to_integers', 'record_blocks', 'gap_issues',
-           'fill_channels', 'read_edf']
+           'fill_channels', 'OpenEdf', 'open_edf', 'read_piece', 'read_edf']
 
 # %% ../../nbs/04_formats.edf.ipynb #c17d36b4
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
@@ -229,27 +229,56 @@ def fill_channels(
             if row is not None: row[at:at + len(x)] = x[:max(0, len(row) - at)]
     return out
 
-# %% ../../nbs/04_formats.edf.ipynb #63c5f2f8
+# %% ../../nbs/04_formats.edf.ipynb #2cf14143
+@dataclass(frozen=True)
+class OpenEdf:
+    "An EDF or BDF file whose header and time axis are known."
+    path: Path
+    header: EdfHeader
+    labels: list[str]  # of every channel; "" for one without samples
+    plan: ChannelPlan
+    onsets: np.ndarray  # (n_records,) s
+    runs: np.ndarray  # records that start a run
+
+    @property
+    def rates(self) -> list[float]: return [s / self.header.record_seconds for s in self.header.samples]
+    @property
+    def duration(self) -> float: return float(self.onsets[-1] + self.header.record_seconds)
+
+def open_edf(
+    path: Path,  # EDF, EDF+, BDF or BDF+
+    channel_map: Mapping[str, str] | None = None,  # label -> electrode or "", overrides the rule
+) -> OpenEdf:
+    "Check a file and find its time axis; no sample is read. Raises `InputError`."
+    header = read_header(path)
+    seconds = header.record_seconds
+    labels = [x if s else "" for x, s in zip(header.labels, header.samples)]
+    plan = plan_channels(labels, channel_map, path)
+    onsets = record_onsets(path, header) if header.discontinuous else np.arange(header.n_records) * seconds
+    runs = find_runs(onsets, seconds, 0.5 * seconds / max(header.samples)) if header.discontinuous else np.array([0])
+    return OpenEdf(path, header, labels, plan, onsets, runs)
+
+# %% ../../nbs/04_formats.edf.ipynb #ce46bfce
+def read_piece(
+    file: OpenEdf,
+    request: Request,  # which seconds
+) -> Raw:
+    "Read a part of an open file. Raises `InputError`; repairs are issues."
+    seconds, onsets = file.header.record_seconds, file.onsets
+    start, stop = span(request, file.duration, file.path, margin=1.0)
+    check_decoded((stop - start) * sum(file.rates[i] for i in file.plan.used), file.path)
+    first = int(np.searchsorted(onsets + seconds, start + 1e-9, side="right"))
+    last = int(np.searchsorted(onsets, stop - 1e-9, side="left"))
+    t0 = min(start, float(onsets[first])) if last > first else start
+    t1 = max(stop, float(onsets[last - 1] + seconds)) if last > first else stop
+    signals = fill_channels(file.path, file.header, file.plan, onsets, file.runs, (first, last, t0, t1))
+    issues = [*file.header.issues, *gap_issues(onsets, file.runs, seconds, start, stop)]
+    return Raw(list(file.labels), signals, file.rates, list(file.header.units), t0, file.duration, issues)
+
 def read_edf(
     path: Path,  # EDF, EDF+, BDF or BDF+
     request: Request,  # which seconds, which channels
     kind: str,  # "edf" or "bdf"
 ) -> Raw:
     "Read the wanted part of an EDF or BDF file. Raises `InputError`; repairs are issues."
-    header = read_header(path)
-    seconds, n = header.record_seconds, header.n_records
-    labels = [x if s else "" for x, s in zip(header.labels, header.samples)]
-    plan = plan_channels(labels, request.channel_map, path)
-    rates = [s / seconds for s in header.samples]
-    onsets = record_onsets(path, header) if header.discontinuous else np.arange(n) * seconds
-    runs = find_runs(onsets, seconds, 0.5 / max(rates)) if header.discontinuous else np.array([0])
-    total = float(onsets[-1] + seconds)
-    start, stop = span(request, total, path, margin=1.0)
-    check_decoded((stop - start) * sum(rates[i] for i in plan.used), path)
-    first = int(np.searchsorted(onsets + seconds, start + 1e-9, side="right"))
-    last = int(np.searchsorted(onsets, stop - 1e-9, side="left"))
-    t0 = min(start, float(onsets[first])) if last > first else start
-    t1 = max(stop, float(onsets[last - 1] + seconds)) if last > first else stop
-    signals = fill_channels(path, header, plan, onsets, runs, (first, last, t0, t1))
-    issues = [*header.issues, *gap_issues(onsets, runs, seconds, start, stop)]
-    return Raw(labels, signals, rates, list(header.units), t0, total, issues)
+    return read_piece(open_edf(path, request.channel_map), request)

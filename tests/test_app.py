@@ -1,0 +1,370 @@
+"""The app as a reader meets it: a real process, a real browser, no network but the loopback."""
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pandas as pd
+import pytest
+
+pytest.importorskip("gradio", reason="the app needs its extra")
+sync_api = pytest.importorskip("playwright.sync_api", reason="browser tests need playwright")
+
+from hms_brain.catalog import train_schema  # noqa: E402
+from hms_brain.core import CHANNELS, FS  # noqa: E402
+from hms_brain.pages import open_reader, page, pack_page, unpack_page  # noqa: E402
+from hms_brain.records import read_recording  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[1]
+CHROMIUM = os.environ.get("HMS_CHROMIUM", "/usr/bin/chromium")
+FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+SHOTS = ROOT / "outputs/reports/app"
+WAIT_MS = 180_000
+needs_browser = pytest.mark.skipif(not Path(CHROMIUM).exists(), reason="no chromium (set HMS_CHROMIUM to its path)")
+
+
+def edf(path, signal, fs, labels, onsets=None):
+    "A plain EDF, or an EDF+D when onsets of its one-second records are given."
+    n_seconds, n = signal.shape[1] // fs, len(labels)
+    stamped = onsets is not None
+    names, samples = [*labels, *(["EDF Annotations"] if stamped else [])], [fs] * n + [15] * stamped
+    put = lambda value, width: str(value).encode("latin-1")[:width].ljust(width)
+    each = lambda values, width: b"".join(put(v, width) for v in values)
+    m, mark = n + stamped, [1] * stamped
+    head = put("0", 8) + put("X X X X", 80) + put("Startdate X X X X", 80) + b"01.01.2000.00.00" + put(256 * (m + 1), 8) + put("EDF+D" if stamped else "", 44) + put(n_seconds, 8) + put(1, 8) + put(m, 4)
+    head += each(names, 16) + put("", 80 * m) + each(["uV"] * n + [""] * stamped, 8) + each([-1000] * n + [-1 * x for x in mark], 8) + each([1000] * n + mark, 8)
+    head += each([-32767] * n + [-32768] * stamped, 8) + each([32767] * n + [32767] * stamped, 8) + put("", 80 * m) + each(samples, 8) + put("", 32 * m)
+    steps = np.clip(np.round(np.nan_to_num(signal) * 32.767), -32767, 32767).astype("<i2")
+    with open(path, "wb") as f:
+        f.write(head)
+        for k in range(n_seconds):
+            f.write(steps[:, k * fs:(k + 1) * fs].tobytes())
+            if stamped: f.write(f"+{onsets[k]}\x14\x14\0".encode().ljust(30, b"\0"))
+    return path
+
+
+@pytest.fixture(scope="module")
+def eeg():
+    "Ten simulated minutes."
+    return read_recording(ROOT / "hms_brain/assets/sample.edf", sandbox=False).signal
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    "A running app: its address and its process."
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    env = os.environ | {"TMPDIR": str(tmp_path_factory.mktemp("app")), "PYTHONPATH": str(ROOT), "HMS_SYSTEM_THREADS": "1"}
+    process = subprocess.Popen([sys.executable, "-c", "from hms_brain.cli import main; main()", "app", "--port", str(port)], env=env, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    address = f"http://127.0.0.1:{port}"
+    for _ in range(600):
+        try: httpx.get(address, timeout=20); break
+        except httpx.TransportError:
+            assert process.poll() is None, process.stderr.read().decode()
+            time.sleep(0.3)
+    yield address, process, Path(env["TMPDIR"])
+    process.terminate()
+    process.wait(60)
+    assert not list(Path(env["TMPDIR"]).glob("hms_app_*")), "files stay behind"
+
+
+@pytest.fixture(scope="module")
+def browser():
+    "Debian's chromium."
+    with sync_api.sync_playwright() as p:
+        chromium = p.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def tab(browser, server):
+    "A page of the app; fails when anything asks beyond the loopback, or a script stumbles."
+    context = browser.new_context(viewport={"width": 1280, "height": 800}, color_scheme="light", accept_downloads=True)
+    page, foreign, broken = context.new_page(), [], []
+    def gate(route):
+        if re.match(r"http://127\.0\.0\.1[:/]", route.request.url): route.continue_()
+        else: foreign.append(route.request.url); route.abort()
+    context.route("**/*", gate)
+    page.set_default_timeout(WAIT_MS)
+    page.on("pageerror", lambda e: broken.append(str(e)))
+    page.on("dialog", lambda d: (broken.append(f"dialog {d.message}"), d.dismiss()))
+    page.goto(server[0])
+    page.locator("#sample").wait_for()
+    yield page
+    context.close()
+    assert foreign == [] and broken == []
+
+
+def give(tab, *files):
+    "Upload through the file chooser, as a hand would."
+    with tab.expect_file_chooser() as chooser: tab.locator("#upload button").first.click()
+    chooser.value.set_files([str(f) for f in files])
+
+
+def until(frame, expression, timeout=WAIT_MS / 1000):
+    "Wait until an expression is true. The page's policy forbids eval, so it is asked from outside."
+    end = time.monotonic() + timeout
+    while not frame.evaluate(expression):
+        assert time.monotonic() < end, f"never true: {expression}"
+        frame.page.wait_for_timeout(100)
+
+
+def start(tab, step="a window every 30 s"):
+    "Choose a step, begin, and wait until the reader is there."
+    tab.locator("#step input").click()
+    tab.get_by_role("option", name=step).click()
+    tab.locator("#start").click()
+    tab.frame_locator("iframe.hms-viewer").locator("#lanes").wait_for()
+    frame = next(f for f in tab.frames if "/viewer/" in f.url)
+    until(frame, "Boolean(window.hmsReader && hmsReader.view.about)")
+    return frame
+
+
+def finished(frame):
+    "Wait for the end of the scan."
+    until(frame, "!['running', 'waiting'].includes(hmsReader.rows.state)", timeout=600)
+    assert frame.evaluate("hmsReader.rows.state") == "done"
+
+
+def press(frame, key):
+    frame.locator("body").press(key)
+
+
+def drawn(frame):
+    "Wait until the page on the screen is complete."
+    until(frame, "[...hmsReader.chunks.values()].every(c => c.data)")
+
+
+@needs_browser
+def test_sample_from_open_to_report(tab, tmp_path):
+    assert "stays on this computer" in tab.inner_text("body") and "simulated EEG only" in tab.inner_text("body") and "Research use only" in tab.inner_text("body")
+    tab.locator("#sample").click()
+    tab.get_by_text("Sampling rate").wait_for()
+    facts = tab.inner_text("#facts")
+    assert "10 min 00 s" in facts and "200 Hz" in facts and "19 of 19" in facts and "none" in facts
+    SHOTS.mkdir(parents=True, exist_ok=True)
+    tab.screenshot(path=SHOTS / "2_check.png")
+    frame = start(tab)
+    finished(frame)
+    until(frame, "hmsReader.events.length > 0")
+    assert "LPD" in frame.inner_text("#events")
+    before = frame.locator("#events tr").count()
+    frame.locator("#threshold").fill("0.95")
+    until(frame, "hmsReader.events.length === 0")
+    frame.locator("#threshold").fill("0.5")
+    until(frame, f"hmsReader.events.length === {before}")
+    tab.screenshot(path=SHOTS / "3_overview.png")
+    every_key(tab, frame)
+    report(tab, tmp_path)
+
+
+def every_key(tab, frame):
+    "Each key does what the help says."
+    state = lambda what: frame.evaluate(f"hmsReader.{what}")
+    press(frame, "Enter")
+    assert state("view.mode") == "page"
+    press(frame, "Home"); assert state("view.at") == 0
+    press(frame, "PageDown"); press(frame, "PageDown"); assert state("view.at") == 20
+    press(frame, "PageUp"); assert state("view.at") == 10
+    press(frame, "ArrowRight"); assert state("view.at") == 11
+    press(frame, "Shift+ArrowRight"); press(frame, "ArrowLeft"); assert state("view.at") == 20
+    press(frame, "End"); assert state("view.at") == 590
+    press(frame, "p"); event = state("events")[0]
+    assert event["start_s"] <= state("view.at") + 5 < event["stop_s"]
+    press(frame, "Home"); press(frame, "n"); assert event["start_s"] <= state("view.at") + 5 < event["stop_s"]
+    drawn(frame)
+    tab.screenshot(path=SHOTS / "4_page.png")
+    for key, what in (("m", "montage"), ("+", "sensitivity"), ("f", "filter")):
+        old = state(f"view.{what}"); press(frame, key); assert state(f"view.{what}") != old
+    press(frame, "-"); drawn(frame)
+    for k in range(6): press(frame, str(k + 1))
+    assert [x["label"] for x in state("labels")] == ["other"], "one label per place: the last"
+    press(frame, "PageDown"); press(frame, "2"); press(frame, "3"); press(frame, "u")
+    assert len(state("labels")) == 1
+    press(frame, "2"); press(frame, "PageDown"); press(frame, "1"); press(frame, "Control+z")
+    assert [x["label"] for x in state("labels")] == ["other", "lpd"]
+    press(frame, "o"); until(frame, "document.getElementById('toast').textContent.includes('explanation')")
+    press(frame, "?"); assert frame.locator("#keys").is_visible()
+    press(frame, "?"); assert not frame.locator("#keys").is_visible()
+    press(frame, "c"); assert state("view.safe") is True
+    press(frame, "d"); assert frame.evaluate("document.documentElement.dataset.theme") == "dark"
+    tab.wait_for_function("document.body.classList.contains('dark')")
+    tab.set_viewport_size({"width": 1920, "height": 1080}); drawn(frame); tab.wait_for_timeout(500)
+    tab.screenshot(path=SHOTS / "4_page_dark.png")
+    press(frame, "d"); tab.set_viewport_size({"width": 1280, "height": 800})
+    press(frame, "Escape"); assert state("view.mode") == "overview"
+
+
+def report(tab, folder):
+    "Screen 5, and each file opened."
+    tab.get_by_role("tab", name="4 Report").click()
+    tab.get_by_text("words of ACNS 2021").wait_for()
+    text = tab.inner_text("#report")
+    assert "judged" in text and "LPD" in text and re.search("continuous|abundant|frequent", text) and "Research use only" in text
+    tab.wait_for_timeout(500)
+    tab.screenshot(path=SHOTS / "5_report.png", full_page=True)
+    tab.locator("#make").click()
+    got = {}
+    for name in ("probabilities.csv", "events.json", "peak.html", "peak.json", "labels.csv"):
+        link = tab.locator(f'#files a[download="{name}"]').first
+        link.wait_for()
+        with tab.expect_download() as coming: link.click()
+        coming.value.save_as(folder / name)
+        got[name] = folder / name
+    table = pd.read_csv(got["probabilities.csv"])
+    assert np.allclose(table.filter(like="p_").sum(axis=1), 1, atol=1e-6) and set(table.status) <= {"ok", "gap", "poor"}
+    events = json.loads(got["events.json"].read_text())
+    assert events["events"] and events["bundle"]["simulated"] is True and "Research use only" in events["notice"]
+    assert "simulated EEG only" in got["peak.html"].read_text()
+    assert json.loads(got["peak.json"].read_text())["predicted"] == "lpd"
+    mine = train_schema().validate(pd.read_csv(got["labels.csv"]))
+    assert mine.expert_consensus.tolist() == ["Other", "LPD"]
+
+
+@needs_browser
+def test_real_recording(tab, real):
+    give(tab, real / "edf/eeg_burst_eg.edf")
+    tab.get_by_text("Sampling rate").wait_for()
+    assert "256 Hz" in tab.inner_text("#facts") and "resampled" in tab.inner_text("#facts")
+    frame = start(tab)
+    press(frame, "Enter"); drawn(frame)
+    tab.wait_for_timeout(800)
+    SHOTS.mkdir(parents=True, exist_ok=True)
+    tab.screenshot(path=SHOTS / "real_page.png")
+    finished(frame)
+    assert frame.evaluate("hmsReader.rows.n") > 0
+
+
+def gap_file(path, eeg, seconds, gap):
+    "An EDF+D of so many seconds of data, a gap of so many in the middle."
+    x = np.tile(eeg, (1, -(-int(seconds * FS) // eeg.shape[1])))[:, :int(seconds * FS)]
+    onsets = np.arange(seconds) + gap * (np.arange(seconds) >= seconds // 2)
+    return edf(path, x, int(FS), [*CHANNELS, "ECG EKG"], onsets)
+
+
+@needs_browser
+@pytest.mark.parametrize("seconds", [600, pytest.param(7200, marks=pytest.mark.slow)])
+def test_gap(tab, tmp_path, eeg, seconds):
+    give(tab, gap_file(tmp_path / "gap.edf", eeg, seconds, 90))
+    tab.get_by_text("Sampling rate").wait_for()
+    assert "1, 1 min 30 s without data" in tab.inner_text("#facts")
+    frame = start(tab)
+    assert frame.evaluate("hmsReader.view.about.gaps") == [[seconds / 2, seconds / 2 + 90]]
+    finished(frame)
+    table = np.frombuffer(bytes(frame.evaluate("[...hmsReader.rows.bytes]")), np.uint8).reshape(-1, 7)
+    assert {0, 1} <= set(table[:, 6].tolist()), "judged outside the gap, not in it"
+    SHOTS.mkdir(parents=True, exist_ok=True)
+    tab.screenshot(path=SHOTS / "gap_overview.png")
+    press(frame, "Enter")
+    frame.evaluate(f"document.getElementById('strip').clientWidth && (hmsReader.view.at = {seconds / 2 - 5})"); press(frame, "ArrowRight"); drawn(frame)
+    tab.screenshot(path=SHOTS / "gap_page.png")
+
+
+@needs_browser
+def test_mapping_is_mended_and_names_are_text(tab, tmp_path, eeg):
+    "Names that would run as scripts are shown as they are; a channel with an odd name gets its place back."
+    evil = ["<script src=//a>", "<img src=x onerr", '"><svg onload=1>', "{{7*7}}"]
+    labels = [*CHANNELS, "ECG EKG"]
+    for i, name in zip((0, 3, 7, 12), evil): labels[i] = name
+    give(tab, edf(tmp_path / "evil.edf", eeg[:, :int(60 * FS)], int(FS), labels))
+    tab.get_by_text("cannot be used as it is").wait_for()
+    assert "missing" in tab.inner_text("#facts") and not tab.locator("#start").is_enabled()
+    for name in evil: tab.locator("#mapping").get_by_text(name, exact=True).first.wait_for()
+    for row, name in ((0, "Fp1"), (3, "P3"), (7, "O1"), (12, "F4")):
+        cell = tab.locator(f'#mapping [data-row="{row}"][data-col="1"]').last
+        cell.dblclick()
+        tab.keyboard.type(name)
+        tab.keyboard.press("Enter")
+    tab.locator("#apply").click()
+    tab.get_by_text("19 of 19").wait_for()
+    SHOTS.mkdir(parents=True, exist_ok=True)
+    tab.screenshot(path=SHOTS / "2_mended.png")
+    frame = start(tab)
+    finished(frame)
+    press(frame, "Enter"); drawn(frame)
+    hosts = [f.url for f in tab.frames]
+    assert all(url.startswith("http://127.0.0.1") for url in hosts) and tab.locator("svg[onload], img[src='x']").count() == 0
+
+
+@needs_browser
+def test_cancel(tab, tmp_path, eeg):
+    give(tab, gap_file(tmp_path / "long.edf", eeg, 1200, 10))
+    tab.get_by_text("Sampling rate").wait_for()
+    frame = start(tab, "a window every 2 s")
+    until(frame, "hmsReader.rows.n > 0", timeout=WAIT_MS / 1000)
+    assert "left" in frame.inner_text("#left")
+    frame.locator("#cancel").click()
+    until(frame, "hmsReader.rows.state === 'stopped'")
+    assert frame.evaluate("hmsReader.rows.n > 0 && hmsReader.rows.n < hmsReader.rows.total")
+
+
+@needs_browser
+def test_not_a_recording(tab, tmp_path):
+    (tmp_path / "a.edf").write_bytes(b"\x89PNG not an EEG")
+    give(tab, tmp_path / "a.edf")
+    tab.get_by_text("is a PNG image").wait_for()
+    assert not tab.locator("#start").is_enabled()
+
+
+def test_doors(server):
+    "Foreign hosts and origins stay outside; nothing is said without a session; policies are there."
+    address, _, _ = server
+    for host in ("evil.example", "127.0.0.1.evil.example", "localhost.evil.example:80"):
+        assert httpx.get(address, headers={"Host": host}).status_code == 400
+    for origin in ("http://evil.example", "null"):
+        assert httpx.post(f"{address}/gradio_api/upload", headers={"Origin": origin}, files={"files": b"0"}).status_code == 403
+    for path in ("about", "page", "tile?k=0", "scan", "events", "labels", "explain"):
+        reply = httpx.get(f"{address}/viewer/{path}", headers={"X-Session": "x" * 32})
+        assert reply.status_code == 403 and reply.headers["content-type"] == "application/problem+json" and len(reply.content) < 1024
+    assert "'unsafe-inline'" not in httpx.get(f"{address}/viewer/").headers["content-security-policy"].split("style-src")[0]
+    assert "default-src 'self'" in httpx.get(address).headers["content-security-policy"]
+    assert httpx.get(f"{address}/openapi.json").status_code == 404
+
+
+def test_page_is_the_same_for_every_format(tmp_path, eeg):
+    "A page read in place equals one from a copy, whatever the unit says."
+    x = eeg[:, :int(120 * FS)]
+    np.save(tmp_path / "a.npy", np.nan_to_num(x))
+    a, b = open_reader(edf(tmp_path / "a.edf", x, int(FS), [*CHANNELS, "ECG EKG"]), tmp_path), open_reader(tmp_path / "a.npy", tmp_path)
+    for start in (-4.0, 0.0, 55.0, 117.0):
+        p, q = page(a, start, 10.0), page(b, start, 10.0)
+        assert np.array_equal(np.isnan(p), np.isnan(q)) and np.nanmax(np.abs(p - q)) < 0.2
+        assert np.nanmax(np.abs(unpack_page(pack_page(p)) - p)) <= max(0.02, np.nanmax(np.abs(p)) / 32767)
+
+
+def rss(process):
+    "Resident memory of a process, MiB."
+    return int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{process.pid}/status").read_text())[1]) / 1024
+
+
+@needs_browser
+@pytest.mark.slow
+def test_a_day(tab, server, tmp_path):
+    "24 hours: a page turn within 50 ms, little memory, nothing read before it is needed."
+    sample = (ROOT / "hms_brain/assets/sample.edf").read_bytes()
+    size = 256 * (int(sample[252:256]) + 1)
+    with open(tmp_path / "day.edf", "wb") as f:
+        f.write(sample[:236] + str(int(sample[236:244]) * 144).encode().ljust(8) + sample[244:size])
+        for _ in range(144): f.write(sample[size:])
+    give(tab, tmp_path / "day.edf")
+    tab.get_by_text("24 h 00 min 00 s").wait_for()
+    frame = start(tab)
+    press(frame, "Enter"); drawn(frame)
+    frame.locator("#cancel").click()
+    tab.wait_for_timeout(3000)
+    frame.evaluate("hmsReader.turns.length = 0")
+    for _ in range(40):
+        press(frame, "PageDown"); tab.wait_for_timeout(150)
+    turns = frame.evaluate("hmsReader.turns")
+    print(f"page turns: median {np.median(turns):.0f} ms, 90 % {np.percentile(turns, 90):.0f} ms; RSS {rss(server[1]):.0f} MiB")
+    assert len(turns) >= 30 and np.median(turns) <= 50
+    press(frame, "End"); drawn(frame)
+    assert rss(server[1]) <= 1536
