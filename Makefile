@@ -42,7 +42,7 @@ define whole_way
 	$(HMS) prepare -p data=data/simulated/$(1) -p cache=data/prepared/$(1) -p out=outputs/runs/$(1)/prepare
 	$(HMS) train -p cache=data/prepared/$(1) -p epochs=$(3) -p out=outputs/runs/$(1)
 	$(HMS) evaluate outputs/runs/$(1)
-	$(HMS) export outputs/runs/$(1) -p bundle=outputs/bundles/$(1)
+	$(HMS) export outputs/runs/$(1) -p bundle=outputs/bundles/$(1) -p cache=data/prepared/$(1)
 	$(HMS) predict hms_brain/assets/sample.edf --bundle outputs/bundles/$(1) -o outputs/reports/$(1).html
 endef
 
@@ -59,7 +59,7 @@ default-bundle: $(VENV)/.ready  ## make the packaged bundle and sample anew: sim
 	$(TRAIN1) -p model=specnet -p epochs=6 -p recipe='$(SHIPPED)' -p out=outputs/runs/default-image & image=$$!; \
 	$(TRAIN1) -p model=resnet1d_gru -p settings='{"norm": "robust"}' -p epochs=6 -p recipe='$(SHIPPED)' -p out=outputs/runs/default-eeg && wait $$image
 	$(TRAIN1) -p model=fusion -p settings='$(PARTS)' -p epochs=2 -p recipe='$(SHIPPED)' -p out=outputs/runs/default
-	$(HMS) export outputs/runs/default -p bundle=hms_brain/assets/bundle -p looks=nbs/tutorials/looks.json
+	$(HMS) export outputs/runs/default -p bundle=hms_brain/assets/bundle -p cache=data/prepared/default -p looks=nbs/tutorials/looks.json
 	$(VENV)/bin/python -c 'from hms_brain.exports import write_sample; write_sample("hms_brain/assets/sample.edf")'
 
 # what the recipe of the packaged bundle is made of, each part taken away once; at a tenth of its data

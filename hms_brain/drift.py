@@ -151,10 +151,11 @@ def fit_reference(
     run: "Run",  # a finished training
     cache,  # WindowCache that it was trained on
     most: int = 2000,  # windows
-) -> Reference:
+) -> Reference | None:  # None: fewer than 50 windows were held out
     "The reference of a run's held-out windows. Raises `InputError` when the cache is another one."
     held = run.validation
     if run.info["data"].get("checksum") != cache.manifest.get("checksum"): raise InputError("is not what the run was trained on", str(getattr(cache, "folder", "cache")), "name its cache")
+    if len(held) < 50: return None
     keys = [k for k in ("shard", "row", "eeg_id", "eeg_sub_id") if k in held and k in cache.index]
     place = {key: i for i, key in enumerate(cache.index[keys].itertuples(index=False, name=None))}
     rows = held.iloc[np.unique(np.linspace(0, len(held) - 1, min(most, len(held))).astype(int))]
