@@ -106,7 +106,8 @@ class AuditLog:
         kind: str,  # what happened
         **facts,  # JSON types; not n, at, kind, prev, hash
     ) -> dict:  # the record
-        "Append a record; it is on the disk when this returns. Raises `InputError` when the disk refuses."
+        "Append a record; it is on the disk when this returns. Raises `InputError` when the disk refuses, ValueError for a name of the log itself."
+        if taken := {"n", "at", "prev", "hash"} & set(facts): raise ValueError(f"{min(taken)} is a name of the log itself")
         with self.mutex:
             lock_file(self.fd, True)
             try:
