@@ -212,13 +212,14 @@ def doctor(as_json: JsonOption = False):
 
 @app.command()
 def bench(
-    topic: Annotated[str, typer.Argument(help="all, or simulate")] = "all",
+    topic: Annotated[str, typer.Argument(help="all, simulate or serve")] = "all",
+    seconds: Annotated[float, typer.Option(min=1, help="of load per row, for serve")] = 10.0,
     as_json: JsonOption = False,
 ):
     "Speed on this machine, beside peers in the same run."
     from hms_brain.bench import TOPICS
     if topic not in TOPICS: raise InputError(f"unknown topic {topic!r}", "hms bench", f"known: {', '.join(TOPICS)}")
-    rows = TOPICS[topic]()
+    rows = TOPICS[topic](seconds) if topic == "serve" else TOPICS[topic]()
     if as_json: print_json(rows)
     else: print_table(rows)
 

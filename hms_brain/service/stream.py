@@ -7,15 +7,17 @@ Docs: https://hms-brain.github.io/hms_brain/service.stream.html.md"""
 # %% auto #0
 __all__ = ['STEP_S', 'REACH_S', 'HOLE_S', 'KEPT', 'Stream', 'read_block', 'write_block', 'Streams', 'talk', 'serve_stream']
 
-# %% ../../nbs/81_service.stream.ipynb #77dd857e
+# %% ../../nbs/81_service.stream.ipynb #4a165d5a
 import asyncio
+import logging
 import math
 import time
 from collections import OrderedDict, deque
+from contextlib import suppress
 from dataclasses import replace
 
 import numpy as np
-from fastapi import WebSocket, WebSocketDisconnect
+from fastapi import HTTPException, WebSocket, WebSocketDisconnect
 
 from ..core import CHANNELS, CONTEXT_S, FS, NOTICE, WINDOW_S, InputError
 from ..preprocess import MARGIN_S
@@ -23,7 +25,7 @@ from ..records import MAX_EEG_UV, from_arrays
 from .core import Window, problem, read_json, to_array
 from .engine import Engine
 
-# %% ../../nbs/81_service.stream.ipynb #0b0c38e5
+# %% ../../nbs/81_service.stream.ipynb #05b40e40
 STEP_S = 2.0  # from answer to answer
 REACH_S = CONTEXT_S / 2 + MARGIN_S + WINDOW_S / 2  # that a window looks back from its end, s
 HOLE_S = 60.0  # the longest hole that is filled
@@ -73,7 +75,7 @@ class Stream:
         if old > 0: self.signal, self.first = self.signal[:, old:], self.first + old
         return end, Window(recording, seen.shape[1] / self.fs - WINDOW_S / 2)
 
-# %% ../../nbs/81_service.stream.ipynb #bee799bd
+# %% ../../nbs/81_service.stream.ipynb #c4864b58
 def read_block(
     frame: bytes | str,
 ) -> tuple[int, np.ndarray] | None:  # number of the first sample, (19, n) float32 uV; None: the caller says that this was all
@@ -98,7 +100,7 @@ def write_block(
     "The binary frame that `read_block` reads."
     return start.to_bytes(8, "little") + np.ascontiguousarray(block, "<f4").tobytes()
 
-# %% ../../nbs/81_service.stream.ipynb #f44bbcc2
+# %% ../../nbs/81_service.stream.ipynb #da046214
 class Streams:
     "Streams by caller and id, a few at a time."
     def __init__(self,
@@ -127,7 +129,7 @@ class Streams:
         self.known[key] = Stream(fs, key[1])
         return self.known[key]
 
-# %% ../../nbs/81_service.stream.ipynb #6dd2b45b
+# %% ../../nbs/81_service.stream.ipynb #379d1379
 async def talk(
     socket: WebSocket,  # accepted
     stream: Stream,
@@ -155,7 +157,7 @@ async def talk(
                 stream.answers.append(answer)
                 await socket.send_json(answer)
 
-# %% ../../nbs/81_service.stream.ipynb #28b3ff91
+# %% ../../nbs/81_service.stream.ipynb #5831ffd3
 async def serve_stream(
     socket: WebSocket,  # not yet accepted
     streams: Streams,
@@ -174,14 +176,16 @@ async def serve_stream(
     code, reason = 1000, ""
     engine.metrics.streams.set(streams.connected())
     try:
-        if old: await old.close(1008, "another connection took over")
+        if old:
+            with suppress(WebSocketDisconnect, RuntimeError): await old.close(1008, "another connection took over")
         if await talk(socket, stream, engine, until, after): streams.known.pop(key, None)
-    except (WebSocketDisconnect, RuntimeError): return  # the line is gone
+    except WebSocketDisconnect: return
     except InputError as e: code, reason = 1008, e.what
-    except Exception as e:
-        code, reason = (1008, str(getattr(e, "detail"))) if hasattr(e, "detail") else (1011, "an internal error")
-        if code == 1011: raise
+    except HTTPException as e: code, reason = 1008, e.detail
+    except Exception:
+        if stream.socket is socket: logging.getLogger(__name__).exception("stream")  # else: closed by the one that took over
+        code, reason = 1011, "an internal error"
     finally:
         if stream.socket is socket: stream.socket, stream.left = None, time.monotonic()
         engine.metrics.streams.set(streams.connected())
-    await socket.close(code, reason[:100])
+    with suppress(WebSocketDisconnect, RuntimeError): await socket.close(code, reason[:100])
