@@ -7,7 +7,7 @@ RUN    ?= $(shell ls -td outputs/runs/*-train 2>/dev/null | head -1)
 
 export OMP_NUM_THREADS ?= 1
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all all quick default-bundle ablations download prepare train evaluate export predict lab mlflow tensorboard shell status lint format clean lock wheel
+.PHONY: help demo test test-all all quick default-bundle ablations download prepare train evaluate export predict lab mlflow tensorboard shell status up down logs health lint format clean lock wheel
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -106,6 +106,20 @@ shell: $(VENV)/.ready  ## a shell with the environment active
 status: $(VENV)/.ready  ## what is installed, what is missing
 	$(HMS) doctor
 
+# containers: PROFILES="core dash monitor track dev"; SERVICE=name for logs
+PROFILES ?= core
+up:  ## start the containers and wait until they are healthy: PROFILES="core monitor"
+	@$(PYTHON) deploy/stack.py up $(PROFILES)
+
+down:  ## stop the containers; what they wrote stays
+	@$(PYTHON) deploy/stack.py down
+
+logs:  ## the last lines of the containers, or SERVICE=name
+	@$(PYTHON) deploy/stack.py logs $(SERVICE)
+
+health:  ## ask everything that PROFILES should run, in containers or not
+	@$(PYTHON) deploy/stack.py health $(PROFILES)
+
 lint: $(VENV)/.ready  ## ruff and mypy
 	$(VENV)/bin/ruff check hms_brain tests
 	$(VENV)/bin/mypy
@@ -115,6 +129,7 @@ format: $(VENV)/.ready  ## clean the notebooks, export the package, write the RE
 	$(VENV)/bin/nbdev-export
 	$(VENV)/bin/ruff check --fix tests
 	$(VENV)/bin/python -c 'from hms_brain.docs import write_readme; write_readme()'
+	$(VENV)/bin/python -c 'from hms_brain.watch import rules_text; open("deploy/prometheus/rules.yml", "w").write(rules_text())'
 
 clean:  ## remove what was built; data, runs and environments stay
 	rm -rf build dist *.egg-info _docs _proc .pytest_cache .mypy_cache .ruff_cache .hypothesis
