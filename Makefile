@@ -7,7 +7,7 @@ RUN    ?= $(shell ls -td outputs/runs/*-train 2>/dev/null | head -1)
 
 export OMP_NUM_THREADS ?= 1
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all all quick default-bundle ablations twin-full download prepare train evaluate report export predict lab mlflow tensorboard shell status lint format clean lock wheel
+.PHONY: help demo test test-all all quick default-bundle ablations twin-full download prepare train evaluate report export predict lab mlflow tensorboard shell status up down logs health lint format clean lock wheel
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -42,7 +42,7 @@ define whole_way
 	$(HMS) prepare -p data=data/simulated/$(1) -p cache=data/prepared/$(1) -p out=outputs/runs/$(1)/prepare
 	$(HMS) train -p cache=data/prepared/$(1) -p epochs=$(3) -p out=outputs/runs/$(1)
 	$(HMS) evaluate outputs/runs/$(1)
-	$(HMS) export outputs/runs/$(1) -p bundle=outputs/bundles/$(1)
+	$(HMS) export outputs/runs/$(1) -p bundle=outputs/bundles/$(1) -p cache=data/prepared/$(1)
 	$(HMS) predict hms_brain/assets/sample.edf --bundle outputs/bundles/$(1) -o outputs/reports/$(1).html
 endef
 
@@ -59,7 +59,7 @@ default-bundle: $(VENV)/.ready  ## make the packaged bundle and sample anew: sim
 	$(TRAIN1) -p model=specnet -p epochs=6 -p recipe='$(SHIPPED)' -p out=outputs/runs/default-image & image=$$!; \
 	$(TRAIN1) -p model=resnet1d_gru -p settings='{"norm": "robust"}' -p epochs=6 -p recipe='$(SHIPPED)' -p out=outputs/runs/default-eeg && wait $$image
 	$(TRAIN1) -p model=fusion -p settings='$(PARTS)' -p epochs=2 -p recipe='$(SHIPPED)' -p out=outputs/runs/default
-	$(HMS) export outputs/runs/default -p bundle=hms_brain/assets/bundle -p looks=nbs/tutorials/looks.json
+	$(HMS) export outputs/runs/default -p bundle=hms_brain/assets/bundle -p cache=data/prepared/default -p looks=nbs/tutorials/looks.json
 	$(VENV)/bin/python -c 'from hms_brain.exports import write_sample; write_sample("hms_brain/assets/sample.edf")'
 
 # what the recipe of the packaged bundle is made of, each part taken away once; at a tenth of its data
@@ -116,6 +116,20 @@ shell: $(VENV)/.ready  ## a shell with the environment active
 status: $(VENV)/.ready  ## what is installed, what is missing
 	$(HMS) doctor
 
+# containers: PROFILES="core dash monitor track dev"; SERVICE=name for logs
+PROFILES ?= core
+up:  ## start the containers and wait until they are healthy: PROFILES="core monitor"
+	@$(PYTHON) deploy/stack.py up $(PROFILES)
+
+down:  ## stop the containers; what they wrote stays
+	@$(PYTHON) deploy/stack.py down
+
+logs:  ## the last lines of the containers, or SERVICE=name
+	@$(PYTHON) deploy/stack.py logs $(SERVICE)
+
+health:  ## ask everything that PROFILES should run, in containers or not
+	@$(PYTHON) deploy/stack.py health $(PROFILES)
+
 lint: $(VENV)/.ready  ## ruff and mypy
 	$(VENV)/bin/ruff check hms_brain tests
 	$(VENV)/bin/mypy
@@ -125,6 +139,7 @@ format: $(VENV)/.ready  ## clean the notebooks, export the package, write the RE
 	$(VENV)/bin/nbdev-export
 	$(VENV)/bin/ruff check --fix tests
 	$(VENV)/bin/python -c 'from hms_brain.docs import write_readme; write_readme()'
+	$(VENV)/bin/python -c 'from hms_brain.watch import rules_text; open("deploy/prometheus/rules.yml", "w").write(rules_text())'
 
 clean:  ## remove what was built; data, runs and environments stay
 	rm -rf build dist *.egg-info _docs _proc .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -8,8 +8,8 @@ Docs: https://hms-brain.github.io/hms_brain/cli.html.md"""
 __all__ = ['app', 'FileArg', 'JsonOption', 'PIPELINES', 'kaggle', 'PackArg', 'tokens', 'say', 'print_json', 'print_table',
            'parse_channels', 'print_prediction', 'predict', 'scan', 'sample_path', 'demo', 'simulate', 'spectrogram',
            'score', 'PipelineCommand', 'add_pipeline', 'pack_folder', 'pack', 'push', 'submit', 'answer', 'doctor',
-           'serve', 'create_token', 'create_secret', 'bench', 'print_twin', 'app_command', 'lab', 'version', 'root',
-           'main']
+           'serve', 'watch', 'alerts', 'alert_log', 'audit', 'create_token', 'create_secret', 'bench', 'print_twin',
+           'app_command', 'lab', 'version', 'root', 'main']
 
 # %% ../nbs/90_cli.ipynb #efd7349a
 import json
@@ -342,6 +342,51 @@ def serve(
     try: from hms_brain.service import web
     except ImportError as e: raise InputError(f"no package {e.name}", "hms serve", "pip install 'hms_brain[serve]'") from None
     web.serve(host, port, bundle, grace)
+
+@app.command()
+def watch(
+    url: Annotated[str | None, typer.Option(help="of the service; default: this machine, [deployment] service_port")] = None,
+    every: Annotated[float, typer.Option(min=0, help="seconds between looks")] = 15.0,
+    looks: Annotated[int | None, typer.Option(min=1, help="how often; default: until interrupted")] = None,
+):
+    "Evaluate the alert rules on a service's metrics; deliver what fires to [monitoring] webhook and smtp. HMS_TOKEN: a token with the scope metrics."
+    from hms_brain.core import get_settings
+    from hms_brain.watch import run_watch
+    run_watch(url or f"http://127.0.0.1:{get_settings().deployment.service_port}", alert_log(), os.environ.get("HMS_TOKEN", ""), every, looks)
+
+@app.command()
+def alerts(
+    acknowledge: Annotated[str | None, typer.Option(metavar="ID", help="say that an alert was seen")] = None,
+    by: Annotated[str, typer.Option(help="who has seen it")] = "",
+    note: Annotated[str, typer.Option(help="what was done")] = "",
+    as_json: JsonOption = False,
+):
+    "Alerts that hms watch has written down, the newest first."
+    from hms_brain import watch
+    log = alert_log()
+    if acknowledge: watch.acknowledge(log, acknowledge, by or os.environ.get("USER", "somebody"), note)
+    found = watch.alerts(log)
+    if as_json: print_json({"alerts": found})
+    elif found: print_table([{k: a[k] or "" for k in ("id", "severity", "state", "fired", "ended", "by", "note")} for a in found])
+    else: print("no alerts")
+
+def alert_log():
+    "The log of alerts, [paths] audit."
+    from hms_brain.audit import AuditLog
+    from hms_brain.core import setting_path
+    return AuditLog(setting_path("audit") / "alerts.jsonl")
+
+@app.command()
+def audit(
+    log: Annotated[Path, typer.Argument(help="a log of [paths] audit")],
+    head: Annotated[str, typer.Option(help="hash of a line that was noted elsewhere and must still be there")] = "",
+    keyed: Annotated[bool, typer.Option("--keyed", help="the log of a service with authentication: its secret is the key")] = False,
+):
+    "Check a log line by line; names the first that was changed."
+    from hms_brain.audit import verify_log
+    if keyed: from hms_brain.service.tokens import load_secret
+    n, last = verify_log(log, load_secret() if keyed else b"", head)
+    print(f"{n} records, none changed\nhead {last}")
 
 @tokens.command("create")
 def create_token(

@@ -73,13 +73,13 @@ def find_root(
 # %% ../nbs/00_core.ipynb #9086d0a8
 DEFAULTS: dict[str, dict[str, str | int | float]] = {
     "paths": {"data": "data", "raw": "data/raw", "prepared": "data/prepared", "simulated": "data/simulated",
-              "runs": "outputs/runs", "bundles": "outputs/bundles", "reports": "outputs/reports", "jobs": "outputs/jobs"},
+              "runs": "outputs/runs", "bundles": "outputs/bundles", "reports": "outputs/reports", "jobs": "outputs/jobs", "audit": "outputs/audit"},
     "dataset": {"competition": "hms-harmful-brain-activity-classification", "folds": 5, "fold_seed": 0},
     "models": {"default": "resnet1d_gru", "bundle": ""},
     "training": {"epochs": 12, "batch_size": 32, "learning_rate": 1e-3},
     "deployment": {"host": "127.0.0.1", "service_port": 8000, "app_port": 7860, "dash_port": 8050, "lab_port": 8888, "mlflow_port": 5000,
                    "auth": False, "hosts": "", "origins": "", "secret_file": "", "in_flight": 16, "rate": 100},
-    "monitoring": {"prometheus_port": 9090, "grafana_port": 3001},
+    "monitoring": {"prometheus_port": 9090, "grafana_port": 3001, "webhook": "", "smtp": "", "mail_from": "", "mail_to": ""},
     "system": {"workers": 2, "threads": 2, "decode_memory_gib": 2, "decode_seconds": 60},
 }
 

@@ -8,7 +8,9 @@ Docs: https://hms-brain.github.io/hms_brain/monitor.html.md"""
 __all__ = ['SECONDS', 'TENTHS', 'Metrics']
 
 # %% ../nbs/80_monitor.ipynb #d8db5bd2
-from collections.abc import Mapping
+import os
+import shutil
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from .core import CLASSES
@@ -39,6 +41,10 @@ class Metrics:
         self.jobs = make(Gauge, "jobs", "Jobs in the ledger", ("state",))
         self.ready = make(Gauge, "ready", "1 while the service takes requests")
         self.model = make(Gauge, "model_info", "The model that answers", ("name", "sha256", "preprocess", "simulated"))
+        self.drift = make(Gauge, "drift_distance", "Recent windows against the held-out ones of the bundle, 0 to 1: see drift", ("what",))
+        self.psi = make(Gauge, "drift_psi", "Population stability index of recent windows", ("what",))
+        self.drifted = make(Gauge, "drifted", "1 where the distance is beyond its limit", ("what",))
+        self.disk = make(Gauge, "disk_free_bytes", "Free space of a folder that is written to", ("folder",))
         for name in (*CLASSES, "abstained"): self.predictions.labels(name)
 
     def describe(self,
@@ -56,6 +62,22 @@ class Metrics:
         for flag in answer["quality"]: self.flags.labels(flag["kind"]).inc()
         if answer["abstained"]: return
         for name, p in answer["probabilities"].items(): self.probability.labels(name).observe(p)
+
+    def compare(self,
+        rows: Sequence[Mapping],  # of `DriftMonitor.look`
+    ):
+        "Say how far recent windows are from the reference."
+        for gauge in (self.drift, self.psi, self.drifted): gauge.clear()
+        for row in rows:
+            self.drift.labels(row["what"]).set(row["distance"])
+            self.drifted.labels(row["what"]).set(row["drifted"])
+            if row["psi"] is not None: self.psi.labels(row["what"]).set(row["psi"])
+
+    def weigh(self,
+        folders: Mapping[str, str | os.PathLike],  # name -> folder
+    ):
+        "Say how much space is free."
+        for name, folder in folders.items(): self.disk.labels(name).set(shutil.disk_usage(folder).free)
 
     def text(self) -> bytes:
         "Everything in the text format of Prometheus."

@@ -9,6 +9,7 @@ __all__ = ['open_predictor', 'Ask', 'prepare', 'conclude', 'settle', 'Engine']
 
 # %% ../../nbs/81_service.engine.ipynb #e83becd5
 import asyncio
+import logging
 import os
 import time
 from collections.abc import Callable
@@ -20,6 +21,8 @@ import numpy as np
 
 from ..bundle import BATCH, SHAPES, Bundle, default_bundle
 from ..core import InputError, get_settings
+from ..audit import AuditLog
+from ..drift import DriftMonitor, Reference, measure_window
 from ..monitor import Metrics
 from ..predict import Predictor
 from ..preprocess import ModelInput
@@ -46,6 +49,7 @@ class Ask:
     recording: Recording
     x: ModelInput
     begin: float  # `time.perf_counter()` when it came
+    source: str  # recording or stream
     answer: asyncio.Future = field(repr=False)
 
 # %% ../../nbs/81_service.engine.ipynb #0fa52544
@@ -86,13 +90,16 @@ class Engine:
         folder: str | os.PathLike | None = None,  # of the bundle; default: `default_bundle()`
         threads: int | None = None,  # of the network; default: [system] threads
         metrics: Metrics | None = None,
+        audit: AuditLog | None = None,  # told of every model and every answer
     ):
         self.folder, self.threads, self.metrics = folder, threads, metrics or Metrics()
         self.predictor = open_predictor(folder, threads)
-        self.metrics.describe(self.predictor.bundle)
+        self.audit, self.drift = audit, None
+        self.greet()
         self.readers = ThreadPoolExecutor(get_settings().system.workers, "read")  # bodies
         self.decoders = ThreadPoolExecutor(4, "decode")  # files: these wait for child processes
         self.network = ThreadPoolExecutor(1, "network")
+        self.notes = ThreadPoolExecutor(1, "notes")  # what is written down when the answer is on its way
         self.draining = False  # True: no new predictions are taken
         self.waiting: asyncio.Queue[Ask] = asyncio.Queue()
         self.changing = asyncio.Lock()
@@ -100,16 +107,32 @@ class Engine:
     async def ask(self,
         read: Callable[[], Window],  # decodes the body or the file
         pool: Executor | None = None,  # where it runs; default: the readers
+        source: str = "",  # a stream; default: the recording
     ) -> dict:  # the answer
         "Answer one window. Raises `InputError`."
         begin, predictor, loop = time.perf_counter(), self.predictor, asyncio.get_running_loop()
         recording, x = await loop.run_in_executor(pool or self.readers, prepare, predictor, read)
-        ask = Ask(predictor, recording, x, begin, loop.create_future())
+        ask = Ask(predictor, recording, x, begin, source or recording.id, loop.create_future())
         self.waiting.put_nowait(ask)
         self.metrics.queue.set(self.waiting.qsize())
         answer = await ask.answer
         self.metrics.count(answer)
+        self.notes.submit(self.note, ask, answer)
         return answer
+
+    def greet(self):
+        "Write down which model answers from now on, and begin to compare windows with its reference."
+        bundle = self.predictor.bundle
+        self.drift = DriftMonitor(Reference.from_dict(bundle.drift)) if bundle.drift else None
+        self.metrics.describe(bundle)
+        if self.audit: self.audit.add("model", **bundle.identity())
+
+    def note(self, ask: Ask, answer: dict):
+        "Compare a window and write down its answer."
+        try:
+            if self.drift: self.drift.add(measure_window(ask.x.eeg), answer["predicted"], ask.source)
+            if self.audit: self.audit.add("answer", input_sha256=answer["input_sha256"], bundle_sha256=answer["bundle"]["sha256"], predicted=answer["predicted"], abstained=answer["abstained"])
+        except InputError as e: logging.getLogger(__name__).error("%s", e)
 
     async def run(self):
         "Serve the queue until cancelled."
@@ -127,9 +150,10 @@ class Engine:
         async with self.changing:
             predictor = await asyncio.get_running_loop().run_in_executor(self.decoders, open_predictor, self.folder, self.threads)
             self.predictor = predictor
-            self.metrics.describe(predictor.bundle)
+            self.greet()
             return predictor.bundle.identity()
 
     def close(self):
         "Let go of the threads."
         for pool in (self.readers, self.decoders, self.network): pool.shutdown(wait=False, cancel_futures=True)
+        self.notes.shutdown()

@@ -46,6 +46,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, HTTPConnection
 
 from .. import __version__
+from ..audit import AuditLog
 from ..bundle import BATCH
 from ..core import NOTICE, InputError, get_settings, setting_path
 from ..predict import predict_file, read_around, stored_context
@@ -241,8 +242,11 @@ async def reload(request: Request) -> dict:
 async def metrics(request: Request) -> Response:
     "Counters for Prometheus."
     state = request.app.state
-    for name, n in (await asyncio.to_thread(state.ledger.count)).items(): state.engine.metrics.jobs.labels(name).set(n)
-    return Response(state.engine.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+    counts, engine = await asyncio.to_thread(state.ledger.count), state.engine
+    for name, n in counts.items(): engine.metrics.jobs.labels(name).set(n)
+    if engine.drift: engine.metrics.compare(await asyncio.to_thread(engine.drift.look))
+    engine.metrics.weigh({"jobs": state.ledger.folder} | ({"audit": engine.audit.path.parent} if engine.audit else {}))
+    return Response(engine.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 # %% ../../nbs/81_service.web.ipynb #924a66eb
 @health.get("/health/live")
@@ -299,9 +303,10 @@ def create_app(
     threads: int | None = None,  # of the network; default: [system] threads
     jobs: str | os.PathLike | None = None,  # folder of the ledger; default: [paths] jobs
     work: Callable[[Path], dict] | None = None,  # what a job does with a recording; default: `predict_file`
+    audit: AuditLog | None = None,  # told of every model and every answer
 ) -> FastAPI:
     "The service as an ASGI application. Raises `InputError` for an unusable bundle or a ledger in use."
-    terms, engine = terms or Terms(), Engine(bundle, threads)
+    terms, engine = terms or Terms(), Engine(bundle, threads, audit=audit)
     app = FastAPIOffline(title="hms_brain", version=__version__, description=f"Expected expert votes on EEG. {NOTICE}", lifespan=lifespan, redirect_slashes=False)
     state, metrics = app.state, engine.metrics
     state.terms, state.engine, state.ledger = terms, engine, Ledger(jobs or setting_path("jobs"))
@@ -369,7 +374,8 @@ def serve(
     host, port = host or settings.host, settings.service_port if port is None else port
     terms = read_terms(host)
     sock = listen(host, port)
-    config = uvicorn.Config(create_app(terms, bundle), log_level="warning", access_log=False, proxy_headers=False, server_header=False, timeout_keep_alive=30,
+    audit = AuditLog(setting_path("audit") / "service.jsonl", terms.secret or b"")
+    config = uvicorn.Config(create_app(terms, bundle, audit=audit), log_level="warning", access_log=False, proxy_headers=False, server_header=False, timeout_keep_alive=30,
                             timeout_graceful_shutdown=30, limit_concurrency=1000, ws_max_size=2 << 20, ws_per_message_deflate=False)
     server = Server(config)
     server.grace = grace
@@ -384,7 +390,7 @@ def running_service(
     "Start `hms serve` and stop it at the end. Raises RuntimeError when it does not start."
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-c", "from hms_brain.cli import main; main()", "serve", "--port", "0", *words]
-        process = subprocess.Popen(command, env=os.environ | {"HMS_PATHS_JOBS": folder} | env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(command, env=os.environ | {"HMS_PATHS_JOBS": f"{folder}/jobs", "HMS_PATHS_AUDIT": f"{folder}/audit"} | env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         assert process.stdout and process.stderr
         try:
             url = process.stdout.readline().strip()
