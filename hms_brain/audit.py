@@ -32,6 +32,7 @@ def seal_line(
     digest = hmac.new(key, body, "sha256").hexdigest() if key else hashlib.sha256(body).hexdigest()
     return body[:-1] + f',"hash":"{digest}"}}\n'.encode()
 
+# %% ../nbs/80_audit.ipynb #1df1c2a7
 def open_line(
     line: bytes,  # without the newline
     key: bytes = b"",
@@ -140,6 +141,7 @@ def read_log(
             prev = record["hash"]
             yield record
 
+# %% ../nbs/80_audit.ipynb #112b3b04
 def verify_log(
     path: str | os.PathLike,  # made by `AuditLog`
     key: bytes = b"",

@@ -18,6 +18,8 @@ if TYPE_CHECKING: from hms_brain.bundle import Bundle
 
 # %% ../nbs/80_monitor.ipynb #cc5079b9
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8)  # edges of the latency histogram, s
+
+# %% ../nbs/80_monitor.ipynb #1e7b1dc4
 TENTHS = tuple(i / 10 for i in range(1, 11))  # edges of the probability histogram
 
 # %% ../nbs/80_monitor.ipynb #ea857226

@@ -33,6 +33,7 @@ def read_samples(
     from prometheus_client.parser import text_string_to_metric_families
     return {(s.name, frozenset(s.labels.items())): s.value for family in text_string_to_metric_families(text) for s in family.samples}
 
+# %% ../nbs/80_watch.ipynb #9597647b
 def chosen(
     samples: Samples,
     name: str,
@@ -42,6 +43,7 @@ def chosen(
     fits = lambda found: all(re.fullmatch(pattern, dict(found).get(k, "")) for k, pattern in labels.items())
     return {found: v for (n, found), v in samples.items() if n == name and fits(found)}
 
+# %% ../nbs/80_watch.ipynb #211d2855
 def growth(
     now: Samples, then: Samples,  # two looks
     name: str, labels: Mapping[str, str],
@@ -50,6 +52,7 @@ def growth(
     old = chosen(then, name, labels)
     return {k: v - old.get(k, 0.0) if v >= old.get(k, 0.0) else v for k, v in chosen(now, name, labels).items()}
 
+# %% ../nbs/80_watch.ipynb #41257fe6
 def selector(
     name: str, labels: Mapping[str, str],
 ) -> str:
@@ -75,6 +78,7 @@ class Share:
         part, whole = (f"sum(increase({selector(self.name, labels)}[{over}]))" for labels in (self.labels, self.whole))
         return f"{part} / ({whole} >= {self.fewest})"
 
+# %% ../nbs/80_watch.ipynb #97b6dd64
 @dataclass(frozen=True)
 class Quantile:
     "A quantile of a histogram's growth, linear within its buckets."
@@ -102,6 +106,7 @@ class Quantile:
         of = lambda suffix: selector(self.name + suffix, self.labels)
         return f"histogram_quantile({self.q:g}, sum by (le) (increase({of('_bucket')}[{over}]))) and on() (sum(increase({of('_count')}[{over}])) >= {self.fewest})"
 
+# %% ../nbs/80_watch.ipynb #b1aa0ac7
 @dataclass(frozen=True)
 class Extreme:
     "The largest or the smallest of a gauge's series."
@@ -146,10 +151,12 @@ RULES = (
     Rule("DiskFull", Extreme("hms_disk_free_bytes", "min"), 2.0**30, "Less than 1 GiB is free. Jobs and logs will be refused.", "critical", below=True),
     Rule("NotReady", Extreme("hms_ready", "min"), .5, "The service takes no predictions.", "critical", below=True, hold=60))
 
+# %% ../nbs/80_watch.ipynb #bd13c4b5
 def duration(seconds: int) -> str:
     "Seconds in the words of Prometheus."
     return f"{seconds // 60}m" if seconds % 60 == 0 and seconds else f"{seconds}s"
 
+# %% ../nbs/80_watch.ipynb #b8e9246c
 def rules_text(
     rules: Sequence[Rule] = RULES,
 ) -> str:  # YAML
@@ -219,6 +226,7 @@ def alerts(
         if r["kind"] == "undelivered": a["undelivered"] += 1
     return list(found.values())[::-1]
 
+# %% ../nbs/80_watch.ipynb #781fd009
 def acknowledge(
     log: AuditLog,
     id: str,  # of an alert
@@ -247,6 +255,7 @@ def send_webhook(
     headers = {"Content-Type": "application/json"} | ({"X-HMS-Signature": f"sha256={hmac.new(secret, body, 'sha256').hexdigest()}"} if secret else {})
     with urllib.request.build_opener(Stay).open(urllib.request.Request(url, body, headers, method="POST"), timeout=timeout): pass
 
+# %% ../nbs/80_watch.ipynb #3c2ddb50
 def send_mail(
     server: str,  # host:port
     sender: str, to: Sequence[str],  # addresses
@@ -288,6 +297,7 @@ def deliver(
         return failures
     return tell
 
+# %% ../nbs/80_watch.ipynb #28103558
 def channels() -> dict[str, Callable[[dict], Any]]:
     "What [monitoring] names: webhook, smtp with mail_from and mail_to; secrets from HMS_WEBHOOK_SECRET, HMS_SMTP_USER, HMS_SMTP_PASSWORD. Raises `InputError`."
     m, env = get_settings().monitoring, os.environ
@@ -312,6 +322,7 @@ def fetch_samples(
         with urllib.request.urlopen(request, timeout=timeout) as reply: return read_samples(reply.read().decode())
     except (OSError, ValueError): return None
 
+# %% ../nbs/80_watch.ipynb #67efe1b1
 def run_watch(
     url: str,  # of the service
     log: AuditLog,
