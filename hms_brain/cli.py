@@ -291,7 +291,7 @@ def doctor(as_json: JsonOption = False):
     else: print_table(findings)
 
 # %% ../nbs/90_cli.ipynb #91dd7eb1
-import hms_brain.operate  # adds its commands
+import hms_brain.operate  # noqa: E402  adds its commands
 
 # %% ../nbs/90_cli.ipynb #fd17c670
 def version(show: bool):
