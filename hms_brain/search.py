@@ -82,7 +82,7 @@ def open_study(
     elif changed: raise InputError(f"cannot continue: {changed[0]} differs from that of the interrupted search", str(folder), "use the same parameters, or another folder")
     return study
 
-# %% ../nbs/43_search.ipynb #086d0d88
+# %% ../nbs/43_search.ipynb #379a248b
 @contextmanager
 def alone(
     folder: Path,  # of the search
@@ -108,6 +108,7 @@ def repeat_lost(
         study.enqueue_trial(trial.params, user_attrs={"folder": trial.user_attrs.get("folder", f"trial-{trial.number:04d}"), "repeats": trial.number})
     return [trial.number for trial in lost]
 
+# %% ../nbs/43_search.ipynb #ce6f6dbd
 def finished(
     study,  # optuna.Study
 ) -> int:
@@ -154,6 +155,7 @@ def trials_table(
              "folder": t.user_attrs.get("folder", ""), "error": t.user_attrs.get("error", "")} | t.params for t in study.trials if t.state.name != "WAITING"]
     return pd.DataFrame(rows).sort_values(["val_kl", "number"], na_position="last").reset_index(drop=True)
 
+# %% ../nbs/43_search.ipynb #a4bd87dd
 def train_command(
     recipe: Recipe,  # all of it
     settings: dict,  # of the model

@@ -183,7 +183,7 @@ def make_accelerator(
     AcceleratorState._reset_state()
     return Accelerator(mixed_precision="fp16", kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)])
 
-# %% ../nbs/41_train.ipynb #67d817af
+# %% ../nbs/41_train.ipynb #a2eeae5f
 def shared_folder(
     folder: str | os.PathLike | None,  # of the run; None: a new one
     accelerator,  # accelerate.Accelerator
@@ -239,7 +239,7 @@ def tired(
     best = min(range(len(rows)), key=lambda k: rows[k]["val_kl"], default=-1)
     return bool(patience) and len(rows) - 1 - best >= patience
 
-# %% ../nbs/41_train.ipynb #f60e7e1c
+# %% ../nbs/41_train.ipynb #77b0c99e
 def run_all(training: Training, accelerator, network, cache, split: Split, stages: list[Stage], recipe: Recipe, folder: Path, mirrors: Sequence[str], say, stop):
     "The epochs that are left of every stage, a checkpoint and a row of history after each. What is left follows from the history alone."
     y, weight = soft_votes(votes_of(cache, split.valid)), split.weight[split.valid]
