@@ -111,7 +111,7 @@ def simulate_test_set(
         with atomic_path(folder / name) as tmp: table.to_csv(tmp, index=False)
     return folder
 
-# %% ../nbs/75_kaggle_kernel.ipynb #1f6d20fc
+# %% ../nbs/75_kaggle_kernel.ipynb #75b33937
 INTRO = """# {title}
 
 Six expert votes per EEG by the bundle `{bundle}`, offline. {statement} {notice}
@@ -142,7 +142,7 @@ here = f"{sys.version_info.major}.{sys.version_info.minor}"
 if here not in packed: raise RuntimeError(f"packed for Python {', '.join(packed)}, this image has {here}: hms kaggle pack --python {here}")
 programs = Path(scratch) / "bin"
 run(sys.executable, "-m", "venv", "--without-pip", scratch)
-run(sys.executable, "-m", "pip", "--python", programs / "python", "install", "--quiet", "--no-color", "--disable-pip-version-check", "--no-index", "--no-deps",
+run(sys.executable, "-m", "pip", "--python", programs / "python", "install", "--quiet", "--no-color", "--no-compile", "--disable-pip-version-check", "--no-index", "--no-deps",
     "--find-links", wheels, "--require-hashes", "-r", wheels / "hms_requirements.txt")""",
 """submission = Path(working) / "submission.csv"
 run(programs / "hms", "kaggle", "answer", data, "--bundle", bundle, "-o", submission)""",

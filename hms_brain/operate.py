@@ -127,8 +127,10 @@ def print_twin(found: dict, as_json: bool):
     if as_json: return print_json(found)
     print(f"{found['machine']}\nmeasured   {found['share']:g} of the patients: {found['part']['windows']} of {found['whole']['windows']} windows, {found['part']['hours']} of {found['whole']['hours']} h\n")
     print_table(found["stages"])
+    print()
+    print_table([{"on disk": k, "MB": v} for k, v in found["disk_mb"].items()])
     if found["estimate"]:
-        print("\nestimated for the whole table, from processor time\n")
+        print("\nestimated for the whole table, not measured\n")
         print_table(found["estimate"])
 
 # %% ../nbs/89_operate.ipynb #33ab9d01

@@ -134,6 +134,24 @@ def test_the_public_test_pair(real, tmp_path):
     assert notes == [] and list(checked.columns) == list(sample.columns) and checked.eeg_id.tolist() == sample.eeg_id.tolist()
 
 
+def test_a_held_out_set_is_a_test_set_with_votes_aside(tmp_path):
+    from hms_brain.catalog import read_train
+    from hms_brain.simset import simulate_dataset
+
+    simulate_dataset(tmp_path / "data", patients=3, recordings=1, workers=1, n_test=0, progress=False)
+    train = read_train(tmp_path / "data")
+    patient = train.patient_id.iloc[-1]
+    test = kk.hold_out(tmp_path / "data", tmp_path / "test", [patient])
+    asked = kk.read_test(test)
+    assert set(asked.patient_id) == {patient} and set(asked.eeg_id) == set(train[train.patient_id == patient].eeg_id)
+    for row in asked.to_dict("records"):
+        eeg, spectrogram = (pd.read_parquet(test / f"test_{kind}s/{row[f'{kind}_id']}.parquet") for kind in ("eeg", "spectrogram"))
+        assert len(eeg) == 10_000 and len(spectrogram) == 300 and spectrogram.time.is_monotonic_increasing
+    votes = pd.read_csv(test / "votes.csv")
+    one = train[train.eeg_id == votes.eeg_id[0]][list(VOTE_COLUMNS)]
+    assert (one == votes[list(VOTE_COLUMNS)].iloc[0]).all(axis=1).any()
+
+
 # the dry run
 
 
