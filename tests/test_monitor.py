@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from scipy.stats import ks_2samp
 from hms_brain import watch
 from hms_brain.audit import AuditLog, read_log, verify_log
 from hms_brain.batches import SineCache
-from hms_brain.bundle import Bundle, default_bundle
+from hms_brain.bundle import FILES, Bundle, default_bundle, seal_files
 from hms_brain.core import CLASSES, InputError, get_settings, rng_for
 from hms_brain.drift import ANSWERS, FALSE_ALARMS, FEATURES, DriftMonitor, Reference, drift_limit, fit_reference, ks_distance, measure_window
 from hms_brain.monitor import Metrics
@@ -95,26 +96,31 @@ def test_a_damaged_reference_is_refused(reference, spoil):
     with pytest.raises(InputError, match=r"drift\.json"): Reference.from_dict(value)
 
 
-def test_the_reference_travels_in_the_bundle(tmp_path):
-    import shutil
+def test_the_reference_of_a_run(tmp_path):
+    cache = SineCache(60)
+    p = {f"p_{c}": np.eye(6)[np.arange(60) % 6][:, k] for k, c in enumerate(CLASSES)}
+    held = cache.index.assign(**p, abstain=np.arange(60) == 5)[::-1]
+    run = SimpleNamespace(validation=held, info={"data": {"checksum": cache.manifest.get("checksum")}})
+    found = fit_reference(run, cache)
+    assert found.n == 60 and found.shares["seizure"] == pytest.approx(10 / 60) and found.shares["abstained"] == pytest.approx(1 / 60)
+    assert found.quantiles["amplitude"][-1] == max(measure_window(cache.batch([i])[0][0])["amplitude"] for i in range(60))
+    run.validation = held[:49]
+    assert fit_reference(run, cache) is None
+    run.info["data"]["checksum"] = "another"
+    with pytest.raises(InputError, match="is not what the run was trained on"): fit_reference(run, cache)
 
-    from hms_brain.bundle import export_bundle, seal_files
-    from hms_brain.train import Recipe, train
 
-    cache = SineCache(200)
-    run = train(cache, Recipe(epochs=1, batch_size=50), folder=tmp_path / "run", model_settings={"stem": 4, "width": 16, "hidden": 8}, threads=1, say=None)
-    few = fit_reference(run, cache)
-    held = len(run.validation)
-    assert (few is None) == (held < 50)
-    reference = few or Reference.fit(*crowd(60, "small"))
-    bundle = export_bundle(run, tmp_path / "bundle", drift=reference.to_dict())
-    assert Reference.from_dict(Bundle.load(bundle.folder).drift).n == reference.n
-    (lost := shutil.copytree(bundle.folder, tmp_path / "lost")).joinpath("drift.json").unlink()
-    with pytest.raises(InputError, match=r"drift\.json: is missing"): Bundle.load(lost)
-    changed = shutil.copytree(bundle.folder, tmp_path / "changed")
-    (changed / "drift.json").write_bytes((changed / "drift.json").read_bytes().replace(b'"n": ', b'"n": 1'))
-    with pytest.raises(InputError, match=r"drift\.json: was changed"): Bundle.load(changed)
-    assert seal_files({}) and Bundle.load(default_bundle()).about["format"] == 1
+def test_the_reference_travels_in_the_bundle(tmp_path, reference):
+    files = {name: (default_bundle() / name).read_bytes() for name in FILES}
+    whole = files | {"drift.json": json.dumps(reference.to_dict()).encode()}
+    def written(name, files, seal):
+        (tmp_path / name).mkdir()
+        for file, data in (files | {"manifest.json": seal_files(seal)}).items(): (tmp_path / name / file).write_bytes(data)
+        return tmp_path / name
+    assert Reference.from_dict(Bundle.load(written("whole", whole, whole)).drift).n == reference.n
+    assert Bundle.load(written("older", files, files)).drift is None
+    for name, there, sealed, said in (("lost", files, whole, "is missing"), ("added", whole, files, "was changed|damaged|belong"), ("changed", whole | {"drift.json": b"{}"}, whole, "was changed")):
+        with pytest.raises(InputError, match=f"(drift|manifest)[.]json: .*({said})"): Bundle.load(written(name, there, sealed))
 
 
 # the audit log
