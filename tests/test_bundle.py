@@ -53,6 +53,10 @@ def refusal(folder):
     return str(e.value)
 
 
+def test_what_drift_is_compared_with_goes_along(run, tmp_path):
+    assert export_bundle(run, tmp_path / "b", drift={"n": 50}).drift == {"n": 50} == Bundle.load(tmp_path / "b").drift
+
+
 def test_what_a_bundle_says(bundle, run):
     assert bundle.classes == CLASSES and bundle.models == ("resnet1d_gru",) and bundle.inputs == ("eeg",) and bundle.scaling == Scaling()
     assert bundle.identity() == {"name": "test", "sha256": bundle.sha256, "simulated": True}
