@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from .core import CHANNELS, CLASSES, FS, WINDOW_S, InputError, did_you_mean, rng_for
+from .explain_plots import electrodes_of_pairs
 from .models.core import Output
 from .models.fusion import Fusion, parts_present
 from .models.resnet1d_gru import LEFT, MIDLINE, RIGHT, Banana, ResNet1dGru
@@ -118,10 +119,7 @@ class Attribution:
 
     def electrodes(self) -> np.ndarray:  # (19,) as CHANNELS
         "The positive part by electrode: half of each pair's to either end."
-        total, out = np.maximum(self.pairs, 0).sum(1), np.zeros(len(CHANNELS))
-        for (a, b), v in zip(PAIRS, total):
-            for c in (a, b): out[CHANNELS.index(c)] += v / 2
-        return out
+        return electrodes_of_pairs(self.pairs)
 
     def smooth(self,
         seconds: float = 0.4,  # width of the moving mean

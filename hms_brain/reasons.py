@@ -17,7 +17,7 @@ import numpy as np
 
 from .bundle import Bundle, read_bundle_files
 from .core import CLASS_LABELS, CLASSES, NOTICE, WINDOW_S, InputError, atomic_path, did_you_mean
-from .explain_plots import pairs_of_lines, plot_attention, plot_evidence_page, plot_head, plot_hidden
+from .explain_plots import electrodes_of_pairs, pairs_of_lines, plot_attention, plot_evidence_page, plot_head, plot_hidden
 from .models.core import create_model
 from .occlusion import Occlusion, occlude
 from .predict import Prediction, Predictor
@@ -82,6 +82,8 @@ def draw_reasons(
     figures = {}
     if "map" in reasons.hidden: figures["hidden"] = plot_evidence_page(recording, pairs_of_lines(reasons.hidden["map"].grid(reasons.label)), at, title=f"{name}: chains and seconds hidden, one after the other")
     for method, weight in reasons.gradients.items(): figures[method] = plot_evidence_page(recording, weight, at, title=f"{name}: {METHOD_NAMES.get(method, method)}")
+    for method, weight in reasons.gradients.items():
+        if method != "cam": figures[f"{method} head"] = plot_head(100 * electrodes_of_pairs(weight) / max(weight.sum(), 1e-9), f"{name}: {METHOD_NAMES.get(method, method)}", "%")
     if "electrode" in reasons.hidden: figures["head"] = plot_head(reasons.hidden["electrode"].evidence(reasons.label), f"{name}: each electrode hidden", "nats")
     for kind, found in reasons.hidden.items():
         if kind in KIND_NAMES: figures[kind] = plot_hidden([str(v) for v in found.to_frame(reasons.label)["hidden"]], found.evidence(reasons.label), f"{name}: {KIND_NAMES[kind]}")
@@ -91,7 +93,7 @@ def draw_reasons(
 # %% ../nbs/75_reasons.ipynb #637f6327
 PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>hms_brain: why {{ label }}</title><style>
 body { font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; margin: 0 auto; max-width: 1180px; padding: 1.5rem } h1 { font-size: 1.5rem; margin: 0 } p { max-width: 46rem }
-.notice { background: #fff4ce; border-left: 5px solid #b8860b; padding: .6rem 1rem; margin: 1rem 0 } .flow { display: flex; flex-wrap: wrap; gap: 1rem } .flow > div { flex: 1 1 420px }
+.notice { background: #fff4ce; border-left: 5px solid #b8860b; padding: .6rem 1rem; margin: 1rem 0 } .flow { display: grid; grid-template-columns: repeat(auto-fit, minmax(440px, 1fr)); gap: 1rem } .flow > div { min-width: 0; overflow-x: auto }
 footer { color: #555; margin-top: 2rem; font-size: .85rem; overflow-wrap: anywhere }</style>{{ script }}</head><body>
 <h1>Why {{ label }}: {{ "%.2f" | format(p) }} of the votes expected</h1>
 <p class="notice"><strong>{{ notice }}</strong>{% if simulated %} The model was trained on simulated EEG only.{% endif %} The pictures say what the network used, not what is true of the patient.</p>
@@ -109,9 +111,8 @@ def write_reasons(
     from jinja2 import Environment
     from markupsafe import Markup
     from plotly.offline import get_plotlyjs
-    figures, p = draw_reasons(reasons, recording), reasons.prediction
-    draw = lambda chosen: [Markup(f.to_html(full_html=False, include_plotlyjs=False, config={"displaylogo": False})) for k, f in figures.items() if chosen(k)]
-    wide = {"hidden", *reasons.gradients}
+    figures, p, wide = draw_reasons(reasons, recording), reasons.prediction, {"hidden", *reasons.gradients}
+    draw = lambda chosen: [Markup(f.to_html(full_html=False, include_plotlyjs=False, config={"responsive": True, "displayModeBar": k in wide, "displaylogo": False})) for k, f in figures.items() if chosen(k)]
     rules = f"The written rules call the central ten seconds {p.measured['name']}: {'; '.join(p.measured['because'])}." if p.measured else ""
     page = Environment(autoescape=True).from_string(PAGE).render(label=CLASS_LABELS[reasons.label], p=p.probabilities[reasons.label], notice=NOTICE, simulated=p.bundle["simulated"], doubts=p.doubts,
         rules=rules, wide=draw(wide.__contains__), small=draw(lambda k: k not in wide), at=f"{p.at:g}", bundle=p.bundle, script=Markup(f"<script>{get_plotlyjs()}</script>"))
