@@ -16,7 +16,7 @@ from conftest import ROOT
 
 NBS = sorted((ROOT / "nbs").glob("[0-9][0-9]_*.ipynb"))
 LIGHT = ["core", "records", "simulate", "simset", "twin", "catalog", "runs", "signal", "quality", "spectrogram", "attributes", "preprocess", "metrics", "plots",
-         "bundle", "predict", "exports", "monitor", "service.web", "doctor", "cli"]
+         "bundle", "predict", "exports", "audit", "drift", "monitor", "watch", "service.web", "doctor", "cli"]
 FLOORS = {"gradio": "6.20.0", "starlette": "1.3.0", "python-multipart": "0.0.30", "pyjwt": "2.15.0", "torch": "2.10.0", "onnx": "1.23.2",
           "pyarrow": "26.0.0", "voila": "0.5.6", "jupyter-server": "2.20.0", "nbconvert": "7.17.1", "distributed": "2026.1.0"}
 FLOOR_EXCEPTIONS = {("all.lock", "pyarrow"): "MLflow 3.17 asks for pyarrow < 26; environments without it lock 26"}
