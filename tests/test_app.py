@@ -26,6 +26,7 @@ CHROMIUM = os.environ.get("HMS_CHROMIUM", "/usr/bin/chromium")
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
 SHOTS = ROOT / "outputs/reports/app"
 WAIT_MS = 180_000
+pytestmark = pytest.mark.slow  # minutes in a browser
 needs_browser = pytest.mark.skipif(not Path(CHROMIUM).exists(), reason="no chromium (set HMS_CHROMIUM to its path)")
 
 
