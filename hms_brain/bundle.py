@@ -6,9 +6,10 @@ Docs: https://hms-brain.github.io/hms_brain/bundle.html.md"""
 
 # %% auto #0
 __all__ = ['FORMAT', 'MANIFEST', 'FILES', 'UNCERTAINTY', 'DRIFT', 'OPTIONAL', 'MEND', 'BATCH', 'SHAPES', 'PARITY', 'seal_files',
-           'read_bundle_files', 'compare_manifest', 'check_onnx', 'Bundle', 'check_inputs', 'answer_windows',
-           'open_session', 'parse', 'scaling_of', 'check_about', 'default_bundle', 'to_onnx', 'gate_windows',
-           'measure_parity', 'describe_parts', 'make_card', 'card_text', 'place_bundle', 'export_bundle']
+           'read_bundle_files', 'compare_manifest', 'check_onnx', 'Bundle', 'check_inputs', 'optional_parts',
+           'answer_windows', 'open_session', 'parse', 'scaling_of', 'check_about', 'default_bundle', 'to_onnx',
+           'gate_windows', 'measure_parity', 'describe_parts', 'make_card', 'card_text', 'place_bundle',
+           'export_bundle']
 
 # %% ../nbs/70_bundle.ipynb #ad02b8b0
 import hashlib
@@ -111,8 +112,7 @@ class Bundle:
     _sessions: dict = field(default_factory=dict, repr=False, compare=False)
     _lock: Any = field(default_factory=threading.Lock, repr=False, compare=False)
 
-    name = property(lambda self: self.about["name"])
-    classes = property(lambda self: tuple(self.about["classes"]))
+    name, classes = property(lambda self: self.about["name"]), property(lambda self: tuple(self.about["classes"]))
     models = property(lambda self: tuple(self.about["models"]), doc="Names of the networks inside.")
     inputs = property(lambda self: tuple(self.about["inputs"]), doc='("eeg",), ("image",) or ("eeg", "image").')
     prior = property(lambda self: np.array(self.about["prior"]), doc="(6,) mean votes in training: the answer when the gate abstains.")
@@ -128,8 +128,7 @@ class Bundle:
         about, card, settings = (parse(files[name], Path(folder) / name) for name in ("bundle.json", "card.json", "preprocess.json"))
         check_about(about, str(Path(folder) / "bundle.json"))
         check_onnx(files["model.onnx"], str(Path(folder) / "model.onnx"))
-        fitted = unpack_uncertainty(files[UNCERTAINTY], str(Path(folder) / UNCERTAINTY)) if UNCERTAINTY in files else None
-        drift = parse(files[DRIFT], Path(folder) / DRIFT) if DRIFT in files else None
+        fitted, drift = optional_parts(files, Path(folder))
         return cls(Path(folder), sha256, about, card, Preprocess.from_dict(settings), files["model.onnx"], fitted, drift)
 
     def identity(self) -> dict:
@@ -186,6 +185,14 @@ def check_inputs(
     return feed
 
 # %% ../nbs/70_bundle.ipynb #48fae68c
+def optional_parts(
+    files: dict[str, bytes],  # of a bundle
+    folder: Path,  # for the message
+) -> tuple[Uncertainty | None, dict | None]:  # uncertainty, drift; None where the bundle has none
+    "What a bundle may lack. Raises `InputError` for one that makes no sense."
+    fitted = unpack_uncertainty(files[UNCERTAINTY], str(folder / UNCERTAINTY)) if UNCERTAINTY in files else None
+    return fitted, parse(files[DRIFT], folder / DRIFT) if DRIFT in files else None
+
 def answer_windows(
     bundle: Bundle,
     eeg: np.ndarray | None = None,  # (b, 19, 10000) float32 uV
