@@ -185,10 +185,7 @@ def check_inputs(
     return feed
 
 # %% ../nbs/70_bundle.ipynb #48fae68c
-def optional_parts(
-    files: dict[str, bytes],  # of a bundle
-    folder: Path,  # for the message
-) -> tuple[Uncertainty | None, dict | None]:  # uncertainty, drift; None where the bundle has none
+def optional_parts(files: dict[str, bytes], folder: Path) -> tuple[Uncertainty | None, dict | None]:  # uncertainty, drift
     "What a bundle may lack. Raises `InputError` for one that makes no sense."
     fitted = unpack_uncertainty(files[UNCERTAINTY], str(folder / UNCERTAINTY)) if UNCERTAINTY in files else None
     return fitted, parse(files[DRIFT], folder / DRIFT) if DRIFT in files else None

@@ -101,14 +101,14 @@ def conclude(
     p: np.ndarray,  # (6,) what the model answered; the prior where the gate abstained
     features: np.ndarray | None,  # (d,) where the window lies in the model's last layer
     abstain_on: tuple[str, ...] = (),  # kinds of doubt that withhold the answer
-) -> Prediction:
+) -> Prediction:  # whose time is not known yet
     "From the six numbers to an answer with everything that a reader must know."
     known, measured, doubtful = (None, None, ()) if x.abstain else assess(bundle, x, p, features)
     reasons = (*x.reasons, *(f"{d['kind']}: {d['detail']}" for d in doubtful if d["kind"] in abstain_on))
     votes = as_votes(bundle.prior if reasons else p)
     return Prediction(probabilities=votes, predicted=None if reasons else max(votes, key=votes.__getitem__), quality=tuple(asdict(flag) for flag in x.flags),
                       abstained=bool(reasons), reasons=reasons, bundle=bundle.identity(), warnings=warn(bundle, recording, reasons),
-                      at=round(recording.start + x.at, 3), uncertainty=known, measured=measured, doubts=doubtful)
+                      at=round(recording.start + x.at, 3), seconds=0.0, uncertainty=known, measured=measured, doubts=doubtful)
 
 # %% ../nbs/71_predict.ipynb #e6e5eecb
 class Predictor:
