@@ -84,6 +84,7 @@ def main(
     if os.environ.get("RANK", "0") == "0": print(run.folder)
     return run
 
+# %% ../nbs/42_launch.ipynb #2f173d93
 if __name__ == "__main__":
     try: main()
     except InputError as e: sys.exit(f"hms_brain.launch: {e}")

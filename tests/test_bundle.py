@@ -30,7 +30,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def bundle(run, tmp_path_factory):
-    return export_bundle(run, tmp_path_factory.mktemp("bundles") / "b", name="test")
+    return export_bundle(run, tmp_path_factory.mktemp("bundles") / "b", name="test", drift={"n": 50})
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def refusal(folder):
 
 
 def test_what_drift_is_compared_with_goes_along(run, tmp_path):
-    assert export_bundle(run, tmp_path / "b", drift={"n": 50}).drift == {"n": 50} == Bundle.load(tmp_path / "b").drift
+    assert export_bundle(run, tmp_path / "b", drift={"n": 7}).drift == {"n": 7} == Bundle.load(tmp_path / "b").drift
 
 
 def test_what_a_bundle_says(bundle, run):
@@ -110,11 +110,11 @@ def test_unusable_inputs(bundle, eeg, says):
         bundle.predict_proba(eeg)
 
 
-def test_a_bundle_may_lack_its_uncertainty(copy):
-    (copy / OPTIONAL[0]).unlink()
+def test_a_bundle_may_lack_uncertainty_and_drift(copy):
+    for name in OPTIONAL: (copy / name).unlink()
     (copy / MANIFEST).write_bytes(seal_files({name: (copy / name).read_bytes() for name in FILES}))
     bare = Bundle.load(copy)
-    assert bare.uncertainty is None
+    assert bare.uncertainty is None and bare.drift is None
     (copy / OPTIONAL[0]).write_bytes(b"x")
     assert OPTIONAL[0] in refusal(copy) and "does not belong" in refusal(copy)
 
