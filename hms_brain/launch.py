@@ -84,7 +84,6 @@ def main(
     if os.environ.get("RANK", "0") == "0": print(run.folder)
     return run
 
-# %% ../nbs/42_launch.ipynb #2f173d93
-if __name__ == "__main__":
+if __name__ == "__main__" and "__file__" in globals():  # not in a notebook
     try: main()
     except InputError as e: sys.exit(f"hms_brain.launch: {e}")
