@@ -160,7 +160,7 @@ def kernel_notebook(
             "metadata": {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}, "language_info": {"name": "python"}}, "nbformat": 4, "nbformat_minor": 5}
 
 # %% ../nbs/75_kaggle_kernel.ipynb #0263ec7e
-ANSWERING = ("hms_brain", "numpy", "scipy", "pandas", "pyarrow", "onnxruntime", "pydantic-settings", "tqdm", "typer")  # what `hms kaggle answer` imports
+ANSWERING = ("hms_brain", "numpy", "scipy", "pandas", "pyarrow", "onnxruntime", "pydantic-settings", "safetensors", "tqdm", "typer")  # what `hms kaggle answer` imports
 KAGGLE_PYTHON = "3.12"  # of Kaggle's image, 2026
 HERE = f"{sys.version_info.major}.{sys.version_info.minor}"
 NOBODY = "INSERT_USER"  # stands in ids until `push` knows the account

@@ -95,7 +95,7 @@ def test_needed_leaves_out_extras_and_names_what_is_absent():
 
 def test_answers_need_nothing_but_what_is_packed(data, tmp_path):
     "The answer command, where other packages of the base are absent."
-    absent = ("torch", "mne", "sklearn", "matplotlib", "plotly", "pandera", "papermill", "edfio", "timm", "requests", "jinja2", "rich", "safetensors", "joblib")
+    absent = ("torch", "mne", "sklearn", "matplotlib", "plotly", "pandera", "papermill", "edfio", "timm", "requests", "jinja2", "rich", "joblib")
     script = f"""import sys
 class Absent:
     def find_spec(self, name, path=None, target=None):
