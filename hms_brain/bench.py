@@ -331,7 +331,7 @@ def run_stages(
     "Simulate, prepare, train one epoch and evaluate a share of a table, measured."
     part = table_size(some_patients(train, share, 0))
     data, cache, run = (folder / name for name in ("data", "cache", "run"))
-    plan = {"simulate": ["simulate", data, "--like", table, "--share", share, "--workers", workers],
+    plan: dict[str, list] = {"simulate": ["simulate", data, "--like", table, "--share", share, "--workers", workers],
             "prepare": ["prepare", "-p", f"data={data}", "-p", f"cache={cache}", "-p", f"folds={min(5, part['patients'])}", "-p", f"out={folder / 'prepare'}"],
             "train, one epoch": ["train", "-p", f"cache={cache}", "-p", f"model={model}", "-p", "epochs=1", "-p", f"out={run}"],
             "evaluate": ["evaluate", run]}
