@@ -6,8 +6,8 @@ Docs: https://hms-brain.github.io/hms_brain/cli.html.md"""
 
 # %% auto #0
 __all__ = ['app', 'FileArg', 'JsonOption', 'PIPELINES', 'say', 'print_json', 'print_table', 'parse_channels', 'print_prediction',
-           'predict', 'scan', 'sample_path', 'demo', 'simulate', 'spectrogram', 'score', 'PipelineCommand',
-           'add_pipeline', 'doctor', 'bench', 'lab', 'version', 'root', 'main']
+           'predict', 'print_archive', 'scan', 'sample_path', 'demo', 'simulate', 'spectrogram', 'score',
+           'PipelineCommand', 'add_pipeline', 'doctor', 'bench', 'lab', 'version', 'root', 'main']
 
 # %% ../nbs/90_cli.ipynb #efd7349a
 import json
@@ -91,6 +91,20 @@ def predict(
     else: print_prediction(prediction, recording)
     if out: say(f"wrote     {out}")
 
+# %% ../nbs/90_cli.ipynb #4c1eeeba
+def print_archive(
+    out: Path,  # folder of the results
+    as_json: bool,
+    **how,  # see `scan_archive`
+):
+    "Scan an archive and say how it went; raises `RunFailed` when recordings were set aside."
+    from hms_brain.archive import scan_archive
+    ledger = scan_archive(out=out, progress=True, **how)
+    counts = ledger["counts"]
+    if as_json: print_json(ledger)
+    else: print_table([{"recordings": sum(counts.values()), **counts}])
+    if counts["set_aside"]: raise RunFailed(f"{counts['set_aside']} recordings were set aside; {out / 'archive.json'} says why")
+
 # %% ../nbs/90_cli.ipynb #d8a3a8bc
 @app.command()
 def scan(
@@ -107,21 +121,17 @@ def scan(
     as_json: JsonOption = False,
 ):
     "Classify whole recordings: six probabilities every step, events, burden per hour, reports."
-    from hms_brain.archive import is_archive, scan_archive
+    from hms_brain.archive import is_archive
+    reading = {"channel_map": parse_channels(channel), "unit": unit}
     if is_archive(source):
         if reference: raise InputError("belongs to one recording", "--reference", "scan the recordings one by one")
-        ledger = scan_archive(source, out, bundle=bundle, step=step, cluster=cluster, annotated=annotated, progress=True, channel_map=parse_channels(channel), unit=unit)
-        counts = ledger["counts"]
-        if as_json: print_json(ledger)
-        else: print_table([{"recordings": sum(counts.values()), **counts}])
-        if counts["set_aside"]: raise RunFailed(f"{counts['set_aside']} recordings were set aside; {out / 'archive.json'} says why")
-        return
+        return print_archive(out, as_json, source=source, bundle=bundle, step=step, cluster=cluster, annotated=annotated, **reading)
     if cluster: raise InputError("spreads the recordings of an archive", "--cluster", "name a folder or a pattern")
     from hms_brain.events import find_events, score_events
     from hms_brain.predict import Predictor
     from hms_brain.reports import write_scan
     from hms_brain.scan import scan_file
-    done = scan_file(source, out, Predictor(bundle), step, threads=threads, progress=True, channel_map=parse_channels(channel), unit=unit)
+    done = scan_file(source, out, Predictor(bundle), step, threads=threads, progress=True, **reading)
     files = write_scan(out, done, source if annotated else None)
     answer = done.summary() | ({"scores": score_events(reference, find_events(done.table, done.step), done.duration)} if reference else {})
     if as_json: print_json(answer | {"files": [p.name for p in files], "notice": NOTICE})

@@ -38,6 +38,7 @@ class Event:
 
     duration = property(lambda self: self.stop - self.start, doc="s")
 
+# %% ../nbs/72_events.ipynb #d80c1773
 def class_runs(
     table: "pd.DataFrame",  # of a scan: at, classes, abstained
     kind: str,  # a class
@@ -51,6 +52,7 @@ def class_runs(
     p = np.where(table.abstained, 0.0, table[kind])
     return [(a, b) for a, b in find_runs(p >= low) if p[a:b].max() >= high and (b - a) * step >= shortest - 1e-9]
 
+# %% ../nbs/72_events.ipynb #33412e22
 def find_events(
     table: "pd.DataFrame",  # of a scan
     step: float,  # s between windows
@@ -83,6 +85,7 @@ def prevalence(
     if not share > 0: return "none" if share == 0 else "not judged"
     return next(word for limit, word in WORDS if share >= limit)
 
+# %% ../nbs/72_events.ipynb #f5efe913
 def active_windows(
     table: "pd.DataFrame",  # of a scan
     step: float,  # s
@@ -95,6 +98,7 @@ def active_windows(
         for a, b in class_runs(table, kind, step, **thresholds): out[kind][a:b] = True
     return out
 
+# %% ../nbs/72_events.ipynb #12309f5a
 def burden(
     table: "pd.DataFrame",  # of a scan
     step: float,  # s
@@ -146,6 +150,7 @@ def read_events(
     if times.isna().any(axis=None): raise InputError("holds a time that is not a number", str(path), "give seconds")
     return [(float(a), float(a + d)) for a, d in times.to_numpy()]
 
+# %% ../nbs/72_events.ipynb #260f1538
 def score_events(
     reference: Sequence[tuple[float, float]] | str | os.PathLike,  # start and stop in s, or a table for `read_events`
     events: Sequence[Event],  # of a scan

@@ -165,8 +165,7 @@ class Stretch:
         self.near = slice(max(0, firsts[0] - begin - margin), firsts[1] - begin + N_WINDOW + margin)
         self.reach = max(begin, firsts[0] + N_WINDOW // 2 - half), min(self.end, firsts[1] + N_WINDOW // 2 + half)
         self.screen = Screen(raw[:, -begin % int(FS):]) if firsts[1] > firsts[0] else None  # for many windows
-        self.made: dict = {}
-        self.lock = Lock()
+        self.lock, self.made = Lock(), dict[Any, Any]()
 
     def judge(self, first: int) -> Quality:  # sample of the recording where a window begins
         "What is wrong with a window. A closer look is taken unless the screen has cleared it."
@@ -202,8 +201,7 @@ class Stretch:
         "What the stretch has within 5 min on both sides of a window's centre."
         step, half = int(SPEC_STEP * FS), int(CONTEXT_S * FS / 2)
         start, power = self.columns(middle, mains)
-        first = max(0, (middle - half - start) // step)
-        last = (min(middle + half, self.end) - start) // step
+        first, last = max(0, (middle - half - start) // step), (min(middle + half, self.end) - start) // step
         return (start + step * np.arange(first, last) + step // 2 - middle) / FS, power[..., first:last]
 
     def window(self,

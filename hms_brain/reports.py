@@ -35,6 +35,7 @@ def write_table(
         if suffix == ".parquet": table.to_parquet(tmp, index=False)
         else: table.map(safe_cell).to_csv(tmp, index=False, sep="," if suffix == ".csv" else "\t", na_rep="n/a")
 
+# %% ../nbs/73_reports.ipynb #42db2212
 def write_bids_events(
     path: str | os.PathLike,  # ..._desc-hms_events.tsv; a .json of the same name is written beside it
     events: Sequence[Event],
@@ -49,6 +50,7 @@ def write_bids_events(
     write_json(Path(path).with_suffix(".json"), {**{k: {"Description": v} for k, v in say.items()}, "trial_type": {"Description": "expected pattern", "Levels": levels},
                "GeneratedBy": [{"Name": "hms_brain", "Description": NOTICE, "Model": scan.about["bundle"]}]})
 
+# %% ../nbs/73_reports.ipynb #e077781c
 def write_szcore(
     path: str | os.PathLike,  # .tsv
     events: Sequence[Event],
@@ -68,6 +70,7 @@ def clock(
     s = round(float(seconds))
     return f"{s // 3600}:{s // 60 % 60:02d}:{s % 60:02d}"
 
+# %% ../nbs/73_reports.ipynb #35f1424d
 def describe(
     scan: Scan,
     events: Sequence[Event],
@@ -101,6 +104,7 @@ SCAN_PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><meta 
 <h2>What was read</h2><table>{% for key, value in told.facts %}<tr><th>{{ key }}</th><td>{{ value }}</td></tr>{% endfor %}</table>
 <footer>bundle {{ bundle.name }}, sha256 {{ bundle.sha256 }}. Words of prevalence: ACNS 2021. Events begin at a probability of 0.5, end below 0.35, last at least 10 s; of one kind they are merged when less than 90 s apart. Burden and status count runs before merging.</footer></body></html>"""
 
+# %% ../nbs/73_reports.ipynb #4886cd51
 def write_scan_report(
     path: str | os.PathLike,  # the HTML file to write
     scan: Scan,
@@ -165,6 +169,7 @@ def write_annotated(
         annotate_edf(plain, path, notes)
     finally: plain.unlink(missing_ok=True)
 
+# %% ../nbs/73_reports.ipynb #633632ae
 def write_scan(
     folder: str | os.PathLike,  # where to write
     scan: Scan,

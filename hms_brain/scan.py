@@ -42,6 +42,7 @@ class Plan(NamedTuple):
         reach, ends = int((CONTEXT_S / 2 + MARGIN_S) * FS), self.firsts[block][[0, -1]] + N_WINDOW // 2
         return max(0, int(ends[0]) - reach), min(self.n_times, int(ends[1]) + reach)
 
+# %% ../nbs/72_scan.ipynb #84e3f680
 def plan_scan(
     duration: float,  # of the recording, s
     step: float = 2.0,  # s between windows
@@ -67,6 +68,7 @@ class Piece(NamedTuple):
     gaps: tuple[tuple[float, float], ...] = ()  # s of the recording
     id: str = ""  # of the recording
 
+# %% ../nbs/72_scan.ipynb #65d112e3
 def read_span(
     path: Path,
     a: int,  # first sample of the recording at 200 Hz
@@ -99,6 +101,7 @@ def read_pieces(
         if held is None or b > held.begin + held.signal.shape[1]: held = read_span(path, a, min(max(b, a + further), max(spans[-1][1], b)), **reading)
         yield held._replace(signal=held.signal[:, a - held.begin:b - held.begin], begin=a)
 
+# %% ../nbs/72_scan.ipynb #5cecd6eb
 def ahead(
     items: Iterable,  # slow to make
 ) -> Iterator:  # the same
@@ -128,6 +131,7 @@ def answer(
                      "reasons": "; ".join(dict.fromkeys((*x.reasons, *why))), "quality": " ".join(dict.fromkeys(f.kind for f in x.flags))})
     return rows
 
+# %% ../nbs/72_scan.ipynb #6cadb641
 def answer_block(
     predictor: Predictor,
     piece: Piece,
@@ -195,6 +199,7 @@ def describe_scan(
     return {"format": FORMAT, "state": "running", "recording": {"file": path.name, "id": r.id, "duration": r.file_duration, "reference": r.reference, "channel_map": r.channel_map, "issues": issues},
             "bundle": predictor.bundle.identity(), "step": step, "block": block, "reading": reading, "gaps": [], "blocks": {}, "notice": NOTICE}
 
+# %% ../nbs/72_scan.ipynb #063eb6d6
 def open_ledger(
     out: Path,  # the scan's folder
     plan: dict,  # of `describe_scan`
@@ -260,6 +265,7 @@ def keep_block(
     ledger["gaps"] = sorted({*map(tuple, ledger["gaps"]), *piece.gaps})
     write_json(out / LEDGER, ledger)
 
+# %% ../nbs/72_scan.ipynb #b53ff36b
 def finish(
     out: Path,  # the scan's folder
     ledger: dict,  # all blocks are there
