@@ -14,6 +14,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -31,6 +32,7 @@ def is_archive(
     path = Path(source)
     return (path.is_dir() and not (path / "info.xml").is_file()) or (not path.exists() and glob.has_magic(str(source)))
 
+# %% ../nbs/74_archive.ipynb #b7a410e6
 def list_recordings(
     source: str | os.PathLike,  # folder or pattern
 ) -> dict[str, Path]:  # name of the result's folder -> recording
@@ -112,8 +114,8 @@ def scan_archive(
     for name, path in found.items(): entries.setdefault(name, {"file": path.name, "state": "waiting"})
     left = [name for name in found if entries[name]["state"] != "done" or not (out / name / LEDGER).is_file()]
     jobs = [{"name": n, "path": str(found[n].absolute()), "out": str(out / n), "bundle": chosen, "step": step, "annotated": annotated, "threads": 1, "reading": reading} for n in left]
-    alone = cluster is None and find_spec("distributed") is None
-    results = ((j, scan_one(j | {"threads": None}), None) for j in jobs) if alone else spread(scan_one, jobs, cluster, workers) if jobs else iter(())
+    alone, work = cluster is None and find_spec("distributed") is None, import_module("hms_brain.archive").scan_one  # other processes import it by this name
+    results = ((j, scan_one(j | {"threads": None}), None) for j in jobs) if alone else spread(work, jobs, cluster, workers) if jobs else iter(())
     def record(): write_json(out / ARCHIVE, ledger | {"counts": {s: Counter(e["state"] for e in entries.values())[s] for s in ("done", "set_aside", "waiting")}})
     record()
     for job, result, error in tqdm(results, total=len(jobs), desc="recordings", disable=not progress):

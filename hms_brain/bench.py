@@ -381,6 +381,7 @@ def mne_windows(
         predictor.bundle.predict_proba(eeg[None, :, first:first + 10_000].astype(np.float32), np.zeros((1, 3, 224, 224), np.float32), threads=1)
     return once, (time.perf_counter() - begin) / len(firsts)
 
+# %% ../nbs/87_bench.ipynb #1efeec93
 def measure_scan(
     minutes: float = 20.0,  # length of the simulated recording
     step: float = 2.0,  # s
