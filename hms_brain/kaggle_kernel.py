@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from .bundle import Bundle, FILES, MANIFEST, default_bundle
+from .bundle import Bundle, MANIFEST, default_bundle, read_bundle_files
 from .catalog import OFFSETS, TEST_COLUMNS, ask_kaggle, check_columns, label_runs, read_table, read_test, read_train, submission_table
 from .core import CONTEXT_S, FS, NOTICE, VOTE_COLUMNS, WINDOW_S, InputError, atomic_path, get_settings, read_json, sha256_file, write_json
 from .metrics import match_answers
@@ -218,7 +218,7 @@ def pack(
     (place / "hms_requirements.txt").write_text(pin(wheels))
     (place / "pythons.txt").write_text("\n".join(pythons) + "\n")
     (out / "dataset" / "bundle").mkdir()
-    for file in (*FILES, MANIFEST): shutil.copyfile(model.folder / file, out / "dataset" / "bundle" / file)
+    for file in read_bundle_files(model.folder)[0] | {MANIFEST: b""}: shutil.copyfile(model.folder / file, out / "dataset" / "bundle" / file)
     for folder, about in zip(("kernel", "dataset"), metadata(name, title, user or NOBODY, competition)): write_json(out / folder / f"{folder}-metadata.json", about)
     write_json(out / "kernel" / f"{name}.ipynb", kernel_notebook(title, model))
     record = {"name": name, "competition": competition, "bundle": model.identity(), "pythons": pythons, "wheels": len(wheels), "megabytes": round(sum(p.stat().st_size for p in out.rglob("*") if p.is_file()) / 1e6, 1),
