@@ -9,7 +9,10 @@ from conftest import ROOT
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb")) + sorted((ROOT / "nbs/tutorials").glob("*.ipynb"))
 
 
-@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: p.stem)
+LONG = {"60_explain", "75_reasons", "02_kaggle_from_token_to_submission", "05_serve_and_stream"}  # minutes on a busy machine
+
+
+@pytest.mark.parametrize("notebook", [pytest.param(p, marks=[pytest.mark.slow] if p.stem in LONG else []) for p in NOTEBOOKS], ids=lambda p: p.stem)
 def test_notebook(notebook, monkeypatch):
     from nbdev.test import test_nb
 

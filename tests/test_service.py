@@ -412,6 +412,7 @@ def test_metrics_count(client, eeg):
     assert Predictor(threads=1).bundle.sha256 in after and CANARY not in after
 
 
+@pytest.mark.slow
 def test_another_bundle_without_a_pause(tmp_path, eeg):
     "A damaged one changes nothing; a sound one answers from the next request on."
     place = tmp_path / "bundle"
