@@ -8,7 +8,7 @@ Docs: https://hms-brain.github.io/hms_brain/core.html.md"""
 __all__ = ['CLASSES', 'CLASS_LABELS', 'VOTE_COLUMNS', 'CHANNELS', 'EKG', 'HMS_COLUMNS', 'REGIONS', 'FS', 'WINDOW_S', 'CONTEXT_S',
            'CENTRE_S', 'NOTICE', 'DEFAULTS', 'mirror_index', 'InputError', 'find_root', 'read_ini', 'did_you_mean',
            'get_settings', 'setting_path', 'rng_for', 'atomic_path', 'to_jsonable', 'write_json', 'read_json',
-           'sha256_file', 'Registry', 'parallel_map']
+           'sha256_file', 'Registry', 'keep_to_one_core', 'parallel_map']
 
 # %% ../nbs/00_core.ipynb #82574faf
 import hashlib
@@ -222,6 +222,12 @@ class Registry(dict):
         return self[name]
 
 # %% ../nbs/00_core.ipynb #e01c422e
+def keep_to_one_core():
+    "Limit the linear algebra of a worker process to one thread: otherwise every worker takes all cores, and two are slower than one."
+    import scipy.linalg  # noqa: F401  only a library that is loaded can be limited
+    from threadpoolctl import threadpool_limits
+    threadpool_limits(1)
+
 def parallel_map(
     function: Callable,  # picklable function of one item
     items: Iterable,  # the work
@@ -237,5 +243,5 @@ def parallel_map(
         return
     from concurrent.futures import ProcessPoolExecutor
     from multiprocessing import get_context
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=keep_to_one_core) as pool:
         yield from tqdm(pool.map(function, items, chunksize=1), **bar)

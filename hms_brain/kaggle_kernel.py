@@ -119,7 +119,7 @@ Six expert votes per EEG by the bundle `{bundle}`, offline. {statement} {notice}
 Written by `hms kaggle pack`; the attached data set holds the bundle, its model card and a wheel of every package that is needed."""
 STEPS = ("""inputs = "/kaggle/input"  # the competition's files and the data set with bundle and wheels
 working = "/kaggle/working"  # where submission.csv goes
-scratch = "/tmp/hms_brain"  # for the environment""",
+scratch = "/kaggle/temp/hms_brain"  # for the environment""",
 """import subprocess
 import sys
 from pathlib import Path""",

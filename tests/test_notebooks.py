@@ -9,7 +9,7 @@ from conftest import ROOT
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb")) + sorted((ROOT / "nbs/tutorials").glob("*.ipynb"))
 
 
-LONG = {"60_explain", "75_reasons", "02_kaggle_from_token_to_submission", "05_serve_and_stream"}  # minutes on a busy machine
+LONG = {"02_kaggle_from_token_to_submission", "05_serve_and_stream"}  # minutes on a busy machine
 
 
 @pytest.mark.parametrize("notebook", [pytest.param(p, marks=[pytest.mark.slow] if p.stem in LONG else []) for p in NOTEBOOKS], ids=lambda p: p.stem)

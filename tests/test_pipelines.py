@@ -56,12 +56,11 @@ def test_a_tracked_training_ends_in_its_mirrors(run, home):
     assert {"03_train.ipynb", "metrics.json", "bundle"} <= {f.path for f in client.list_artifacts(shown.info.run_id)} and list(run.glob("tensorboard/events.*"))
 
 
-@pytest.mark.slow
 def test_evaluate_and_export(run, home):
     assert hms("evaluate", run, "-p", "bootstraps=20", "-p", "robustness=3", "-p", f"against={run / 'validation.parquet'}", cwd=home).returncode == 0
     metrics = json.loads((run / "evaluate/metrics.json").read_text())
     assert 0 < metrics["kl"] < 10 and metrics["simulated_training"] is True and metrics["experts"] is None
-    assert {r["difference"] for r in metrics["comparison"]} == {0} and len(metrics["robustness"]) == 11
+    assert {r["difference"] for r in metrics["comparison"]} - {None} == {0} and len(metrics["robustness"]) == 11
     opens_alone(run / "evaluate/report.html")
     assert hms("export", run, "-p", f"bundle={home / 'exported'}", cwd=home).returncode == 0
     assert (home / "exported/manifest.json").exists()
@@ -103,7 +102,6 @@ def test_any_table_is_evaluated(home):
     assert "holds no probabilities" in one_line_after_log(hms("evaluate", "-p", "table=votes.csv", "-p", "out=outputs/runs/none", cwd=home))
 
 
-@pytest.mark.slow
 def test_crossval_leaves_its_tables(home, cache):
     result = hms("crossval", "-p", f"cache={cache}", "-p", "epochs=1", "-p", "out=outputs/runs/cv", "-p", "bootstraps=20", cwd=home, timeout=300)
     assert result.returncode == 0, result.stderr
