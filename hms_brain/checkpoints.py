@@ -31,7 +31,7 @@ class Training:
         rows_sha256: str = "",  # of `describe_data`
         device: torch.device | str = "cpu",
     ):
-        self.model = create_model(recipe.model, **settings).to(device, memory_format=torch.channels_last)
+        self.model = create_model(recipe.model, **settings).to(device).to(memory_format=torch.channels_last)
         self.settings: dict = self.model.settings  # type: ignore[assignment]
         self.identity = {"recipe": asdict(recipe), "model_settings": self.settings, "rows_sha256": rows_sha256}
         groups: list[list] = [[], []]

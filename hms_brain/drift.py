@@ -11,7 +11,7 @@ __all__ = ['FEATURES', 'N_QUANTILES', 'ANSWERS', 'FALSE_ALARMS', 'LOOKS', 'FEWES
 # %% ../nbs/80_drift.ipynb #090a6ca7
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -55,7 +55,7 @@ class Reference:
 
     @classmethod
     def fit(cls,
-        rows: list[Mapping[str, float]],  # of `measure_window`
+        rows: Sequence[Mapping[str, float]],  # of `measure_window`
         answers: list[str | None],  # the class with the highest probability; None: abstained
     ) -> "Reference":
         "Summarize windows. Raises `InputError` for fewer than 50."
@@ -138,7 +138,8 @@ class DriftMonitor:
         "Compare every feature and every answer with the reference."
         with self.mutex: rows = list(self.recent.values())
         if len(rows) < FEWEST: return []
-        limit, found = drift_limit(len(rows), self.reference.n), []
+        limit = drift_limit(len(rows), self.reference.n)
+        found: list[dict] = []
         for name, quantiles in self.reference.quantiles.items():
             values = np.array([features[name] for features, _ in rows])
             found.append({"what": name, "distance": ks_distance(quantiles, values), "psi": stability_index(quantiles, values)})

@@ -31,7 +31,7 @@ def window_features(
         from hms_brain.bundle import Bundle
         opened = Bundle.load(bundle)
         if "features" in [o.name for o in opened.session(threads).get_outputs()]:
-            return np.concatenate([opened.outputs(*cache.batch(part)[:2], threads=threads)["features"] for part in parts]).astype(np.float32)
+            return np.concatenate([opened.outputs(eeg, image, threads)["features"] for eeg, image, _ in map(cache.batch, parts)]).astype(np.float32)
     if not (folder / "run.json").is_file(): raise InputError("is neither a bundle that gives features nor a run", str(folder), "name a run's folder")
     import torch
     from hms_brain.train import Run

@@ -171,7 +171,7 @@ def randomise(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for m in fresh.modules():
-            if hasattr(m, "reset_parameters"): m.reset_parameters()
+            if callable(reset := getattr(m, "reset_parameters", None)): reset()
     return fresh.eval()
 
 # %% ../nbs/60_explain.ipynb #739d35a2

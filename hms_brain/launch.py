@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 from .core import InputError
 from .recipe import Recipe, parse_recipe
@@ -47,7 +48,7 @@ def launch(
 ) -> Run:
     "Train on several processes. Raises `InputError` for unusable data, RuntimeError when a process fails."
     folder = Path(folder) if folder else new_run_dir("train")
-    how = {"folder": folder, "resume": resume, "model_settings": model_settings, "threads": threads, "mirrors": mirrors, "say": say}
+    how: dict[str, Any] = {"folder": folder, "resume": resume, "model_settings": model_settings, "threads": threads, "mirrors": mirrors, "say": say}
     if processes == 1: return train(cache, recipe, **how)
     import torch
     from accelerate import notebook_launcher

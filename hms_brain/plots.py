@@ -175,7 +175,7 @@ def plot_scan(
     edges, shares = scan_bins(table, duration)
     unit, name = (3600, "hours") if duration > 5400 else (60, "minutes")
     figure = make_subplots(rows=2, cols=1, shared_xaxes=True, row_heights=[0.6, 0.4], vertical_spacing=0.06)
-    looks = [(CLASS_LABELS[c], dict(color=colors[c])) for c in CLASSES] + [("poor signal", dict(color="#9a9a9a")), ("no data", dict(color="#ffffff", pattern=dict(shape="/", fgcolor="#555555", size=6)))]
+    looks: list[tuple[str, dict]] = [(CLASS_LABELS[c], dict(color=colors[c])) for c in CLASSES] + [("poor signal", dict(color="#9a9a9a")), ("no data", dict(color="#ffffff", pattern=dict(shape="/", fgcolor="#555555", size=6)))]
     for (label, marker), y in zip(looks, shares.T):
         if y.any() or label in CLASS_LABELS.values():
             figure.add_trace(go.Bar(x=(edges[:-1] + edges[1:]) / 2 / unit, y=np.round(y, 3), width=float(edges[1] / unit), name=label, marker={**marker, "line": {"width": 0}}), row=1, col=1)

@@ -228,8 +228,9 @@ def origin(
     simulated: bool | None,  # training data; None: not known
 ) -> str:
     "What must be said about where a model's knowledge comes from."
-    return {True: "The model was trained on simulated EEG, and unless said otherwise the figures are from simulated patients: they say how well the simulator was learned, not how well recorded EEG is read.",
-            False: "The model was trained on recorded EEG."}.get(simulated, "What the model was trained on is not known here.")
+    words = {True: "The model was trained on simulated EEG, and unless said otherwise the figures are from simulated patients: they say how well the simulator was learned, not how well recorded EEG is read.",
+            False: "The model was trained on recorded EEG."}
+    return "What the model was trained on is not known here." if simulated is None else words[simulated]
 
 # %% ../nbs/65_report.ipynb #9fe38d79
 def write_evaluation(

@@ -72,7 +72,7 @@ def open_study(
 ):  # optuna.Study
     "The study of a folder, made if absent. Raises `InputError` for another plan or an unknown pruner."
     import optuna
-    known = {"median": lambda: optuna.pruners.MedianPruner(n_startup_trials=5), "halving": optuna.pruners.SuccessiveHalvingPruner, "none": optuna.pruners.NopPruner}
+    known: dict[str, Callable] = {"median": lambda: optuna.pruners.MedianPruner(n_startup_trials=5), "halving": optuna.pruners.SuccessiveHalvingPruner, "none": optuna.pruners.NopPruner}
     if pruner not in known: raise InputError(f"unknown pruner {pruner!r}{did_you_mean(pruner, known)}", "pruner", f"known: {', '.join(known)}")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(storage=f"sqlite:///{folder / 'study.db'}", study_name="search", direction="minimize", pruner=known[pruner](), load_if_exists=True)

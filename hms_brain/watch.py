@@ -219,7 +219,7 @@ def alerts(
     found: dict[str, dict] = {}
     for r in read_log(log.path, log.key):
         if r["kind"] == "fired": found[r["id"]] = {k: r[k] for k in ("id", "rule", "severity", "value", "limit", "words")} | {"state": "firing", "fired": r["at"], "ended": None, "by": None, "note": None, "undelivered": 0}
-        a = found.get(r.get("id"))
+        a = found.get(r.get("id", ""))
         if a is None: continue
         if r["kind"] == "ended": a |= {"state": "ended", "ended": r["at"]}
         if r["kind"] == "acknowledged": a |= {"by": r["by"], "note": r["note"]} | ({"state": "acknowledged"} if a["state"] == "firing" else {})

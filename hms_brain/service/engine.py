@@ -49,7 +49,6 @@ class Ask:
     recording: Recording
     x: ModelInput
     begin: float  # `time.perf_counter()` when it came
-    source: str  # recording or stream
     answer: asyncio.Future = field(repr=False)
 
 # %% ../../nbs/81_service.engine.ipynb #0fa52544
@@ -92,7 +91,7 @@ def write_down(
 ):
     "What is kept of an answer after it was sent; a log that cannot be written is an error in the service's log."
     try:
-        if drift: drift.add(measure_window(ask.x.eeg), answer["predicted"], ask.source)
+        if drift: drift.add(measure_window(ask.x.eeg), answer["predicted"], ask.recording.id)
         if audit: audit.add("answer", input_sha256=answer["input_sha256"], bundle_sha256=answer["bundle"]["sha256"], predicted=answer["predicted"], abstained=answer["abstained"])
     except InputError as e: logging.getLogger(__name__).error("%s", e)
 
@@ -107,7 +106,8 @@ class Engine:
     ):
         self.folder, self.threads, self.metrics = folder, threads, metrics or Metrics()
         self.predictor = open_predictor(folder, threads)
-        self.audit, self.drift = audit, None
+        self.audit = audit
+        self.drift: DriftMonitor | None = None
         self.greet()
         self.readers = ThreadPoolExecutor(get_settings().system.workers, "read")  # bodies
         self.decoders = ThreadPoolExecutor(4, "decode")  # files: these wait for child processes
@@ -120,12 +120,11 @@ class Engine:
     async def ask(self,
         read: Callable[[], Window],  # decodes the body or the file
         pool: Executor | None = None,  # where it runs; default: the readers
-        source: str = "",  # a stream; default: the recording
     ) -> dict:  # the answer
         "Answer one window. Raises `InputError`."
         begin, predictor, loop = time.perf_counter(), self.predictor, asyncio.get_running_loop()
         recording, x = await loop.run_in_executor(pool or self.readers, prepare, predictor, read)
-        ask = Ask(predictor, recording, x, begin, source or recording.id, loop.create_future())
+        ask = Ask(predictor, recording, x, begin, loop.create_future())
         self.waiting.put_nowait(ask)
         self.metrics.queue.set(self.waiting.qsize())
         answer = await ask.answer

@@ -131,7 +131,7 @@ def take_slot(
     async def guarded(scope: Scope, receive: Receive, send: Send):
         pool = limits.get(scope["path"], OTHER).pool if scope["type"] == "http" and scope["method"] == "POST" else None
         async def closing(message: Message):
-            if slots.draining and message["type"] == "http.response.start": message = message | {"headers": [*message["headers"], (b"connection", b"close")]}
+            if slots.draining and message["type"] == "http.response.start": message = {**message, "headers": [*message["headers"], (b"connection", b"close")]}
             await send(message)
         if pool is None: return await app(scope, receive, closing)
         if slots.draining: return await refuse(scope, receive, closing, 503, "draining", "the service is about to stop", {"Retry-After": "5"})
@@ -185,7 +185,7 @@ def count_requests(
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message = message | {"headers": [*message["headers"], (b"x-content-type-options", b"nosniff"), (b"cache-control", b"no-store")]}
+                message = {**message, "headers": [*message["headers"], (b"x-content-type-options", b"nosniff"), (b"cache-control", b"no-store")]}
             await send(message)
         try: await app(scope, receive, noting)
         except Exception:

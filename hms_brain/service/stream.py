@@ -16,6 +16,7 @@ import time
 from collections import OrderedDict, deque
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 from fastapi import HTTPException, WebSocket, WebSocketDisconnect
@@ -153,7 +154,7 @@ async def talk(
     async def answer_due():
         while found := stream.pop():
             end, window = found
-            answer = {"type": "prediction", "end_sample": end} | await engine.ask(lambda window=window: window)
+            answer = {"type": "prediction", "end_sample": end} | await engine.ask(partial(lambda window: window, window))
             stream.answers.append(answer)
             await socket.send_json(answer)
     async with stream.lock:
@@ -164,7 +165,7 @@ async def talk(
         message = await socket.receive()
         if message["type"] == "websocket.disconnect": raise WebSocketDisconnect(message.get("code", 1006))
         if time.time() > until: raise InputError("the token has ended", "token", "connect again with another")
-        frame = message.get("bytes") if message.get("bytes") is not None else message.get("text")
+        frame = message["bytes"] if message.get("bytes") is not None else message["text"]
         block = await asyncio.get_running_loop().run_in_executor(engine.readers, read_block, frame)
         if block is None: return True
         async with stream.lock:
