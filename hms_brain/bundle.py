@@ -324,7 +324,8 @@ def describe_parts(
 ) -> list[dict]:  # model, command, recipe, weights_sha256, val_kl, seconds; empty for a model that is trained at once
     "The trainings that a model's parts come from. Raises `InputError` where one of them is gone."
     from hms_brain.train import Run
-    runs = [Run.load(folder) for folder in (settings.get("weights") or {}).values() if Path(folder).is_dir()]
+    weights = settings.get("weights")  # of a fusion: part -> folder of its training; of other models a word
+    runs = [Run.load(folder) for folder in (weights.values() if isinstance(weights, dict) else ()) if Path(folder).is_dir()]
     return [{"model": r.recipe.model, "command": r.info.get("command", ""), "recipe": r.info["recipe"], "seconds": r.info.get("seconds"),
              "weights_sha256": r.metrics["weights_sha256"], "val_kl": r.metrics["val_kl"]} for r in runs]
 

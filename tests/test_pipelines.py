@@ -47,6 +47,17 @@ def test_train_leaves_everything(run, home):
     assert abs(sum(answer["probabilities"].values()) - 1) < 1e-9 and answer["bundle"]["simulated"] is True
 
 
+@pytest.mark.parametrize("model, settings", [("specnet", ""), ("fusion", ""), ("effnet", '{"variant": "mnasnet_small", "weights": "none"}')])
+def test_every_model_ends_with_a_bundle(model, settings, home, cache):
+    "Where no hub is reachable a model says whose weights it began with; its bundle answers all the same."
+    out = home / "outputs/runs" / model
+    result = hms("train", "-p", f"cache={cache}", "-p", f"model={model}", "-p", f"settings={settings}", "-p", "epochs=1", "-p", "batch_size=8", "-p", f"out={out}", cwd=home, timeout=300)
+    assert result.returncode == 0, result.stderr
+    sample = next((home / "data/simulated/tiny/train_eegs").iterdir())
+    answer = json.loads(hms("predict", sample, "--bundle", out / "bundle", "--json").stdout)
+    assert model in answer["bundle"]["name"] and abs(sum(answer["probabilities"].values()) - 1) < 1e-9
+
+
 def test_a_tracked_training_ends_in_its_mirrors(run, home):
     from mlflow import MlflowClient
 
