@@ -178,10 +178,11 @@ def randomise(
 def similarity(
     a: np.ndarray,  # a picture
     b: np.ndarray,  # another of the same shape
-) -> float:  # -1..1
+) -> float:  # -1..1; 0 where one of them is the same everywhere
     "Spearman's rank correlation of what two pictures emphasise, whatever the sign."
     from scipy.stats import spearmanr
-    return float(spearmanr(np.abs(a).ravel(), np.abs(b).ravel()).statistic)
+    a, b = np.abs(a).ravel(), np.abs(b).ravel()
+    return float(spearmanr(a, b).statistic) if np.ptp(a) > 0 and np.ptp(b) > 0 else 0.
 
 def concentration(
     picture: np.ndarray,  # (rows, steps); negative parts do not count
