@@ -17,15 +17,16 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import hms_brain
 from .bundle import Bundle, default_bundle
 from .core import CHANNELS, EKG, NOTICE, InputError, get_settings
+from .events import burden
 from .formats.sandbox import sniff
-from .overview import burden
 from .pages import Reader, labels_of, open_reader
 from .plots import plot_burden
+from .reports import levels
 from .results import length, render, report_html, write_downloads
 from .session import Session, Sessions, begin
 from .viewer import HostGuard, viewer_app
@@ -209,7 +210,8 @@ def show_report(
     "Burden, doubts and attributes as they stand."
     session = sessions.get(draft.get("token"))
     if session is None: return fill("error", message=ENDED), None, []
-    return report_html(session), plot_burden(burden(session.table, session.threshold, session.step)) if session.rows else None, []
+    try: return report_html(session), plot_burden(burden(session.table, session.step, **levels(session.high))) if session.rows else None, []
+    except InputError as e: return fill("error", message=str(e)), None, []
 
 def make_files(
     sessions: Sessions,
@@ -232,7 +234,8 @@ def build_app(
     "The Gradio page. Mount it with `mount_app`, or show it where the viewer is mounted beside it."
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     import gradio as gr
-    desk, quiet = Desk(sessions, viewer_at), dict(show_progress="minimal", api_visibility="private")
+    desk = Desk(sessions, viewer_at)
+    quiet: dict[str, Any] = {"show_progress": "minimal", "api_visibility": "private"}
     with gr.Blocks(title="hms_brain", analytics_enabled=False, fill_width=True, delete_cache=(600, 3600)) as blocks:
         draft = gr.State({}, delete_callback=desk.drop)
         with gr.Tabs(selected="open") as tabs:
