@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import httpx
@@ -13,20 +14,20 @@ import numpy as np
 import pandas as pd
 import pytest
 
-pytest.importorskip("gradio", reason="the app needs its extra")
-sync_api = pytest.importorskip("playwright.sync_api", reason="browser tests need playwright")
-
-from hms_brain.catalog import train_schema  # noqa: E402
-from hms_brain.core import CHANNELS, FS  # noqa: E402
-from hms_brain.pages import open_reader, page, pack_page, unpack_page  # noqa: E402
-from hms_brain.records import read_recording  # noqa: E402
+from hms_brain.catalog import train_schema
+from hms_brain.core import CHANNELS, CLASSES, FS, InputError
+from hms_brain.pages import open_reader, page, pack_page, unpack_page
+from hms_brain.predict import predict_file
+from hms_brain.records import read_recording
+from hms_brain.results import peak_time, report_html, write_downloads
+from hms_brain.session import Session, explain_at, predict_at, progress, scan_session
+from hms_brain.simulate import simulate_recording
 
 ROOT = Path(__file__).resolve().parents[1]
 CHROMIUM = os.environ.get("HMS_CHROMIUM", "/usr/bin/chromium")
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
 SHOTS = ROOT / "outputs/reports/app"
 WAIT_MS = 180_000
-pytestmark = pytest.mark.slow  # minutes in a browser
 needs_browser = pytest.mark.skipif(not Path(CHROMIUM).exists(), reason="no chromium (set HMS_CHROMIUM to its path)")
 
 
@@ -59,6 +60,7 @@ def eeg():
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     "A running app: its address and its process."
+    pytest.importorskip("gradio", reason="the app needs its extra")
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -79,6 +81,7 @@ def server(tmp_path_factory):
 @pytest.fixture(scope="module")
 def browser():
     "Debian's chromium."
+    sync_api = pytest.importorskip("playwright.sync_api", reason="browser tests need playwright")
     with sync_api.sync_playwright() as p:
         chromium = p.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         yield chromium
@@ -144,6 +147,131 @@ def drawn(frame):
     until(frame, "[...hmsReader.chunks.values()].every(c => c.data)")
 
 
+FILES = ("probabilities.csv", "burden.csv", "summary.json", "report.html", "report.pdf", "recording_szcore.tsv", "recording_annotated.edf", "bids.zip", "peak.html", "peak.json", "labels.csv")
+
+
+def numbers(path):
+    "Every sample of an EDF as it is stored, its notes left out: (records, samples)."
+    raw = Path(path).read_bytes()
+    n, size, count = int(raw[252:256]), int(raw[184:192]), int(raw[236:244])
+    names, each = [raw[256 + 16 * k:272 + 16 * k].strip() for k in range(n)], [int(raw[256 + 216 * n + 8 * k:264 + 216 * n + 8 * k]) for k in range(n)]
+    kept = np.repeat([b"Annotations" not in x for x in names], each)
+    return np.frombuffer(raw[size:], "<i2").reshape(count, sum(each))[:, kept]
+
+
+def opened(files, source, duration):
+    "Each file to take home is what it claims to be."
+    table = pd.read_csv(files["probabilities.csv"], keep_default_na=False)
+    assert np.allclose(table[list(CLASSES)].sum(axis=1), 1, atol=1e-6) and set(table.predicted) <= {*CLASSES, ""} and table["at"].is_monotonic_increasing
+    assert (table.predicted == "").equals(table.abstained.astype(bool))
+    hours = pd.read_csv(files["burden.csv"])
+    assert list(hours)[:2] == ["hour", "judged"] and len(hours) == -(-int(table["at"].max()) // 3600)
+    summary = json.loads(files["summary.json"].read_text())
+    assert summary["events"] and summary["bundle"]["simulated"] is True and "Research use only" in summary["notice"]
+    for name in ("report.html", "peak.html"):
+        html = files[name].read_text()
+        assert "simulated EEG only" in html and not re.search(r"<(script|link|img)[^>]+(src|href)=.?https?:", html)
+    pdf = files["report.pdf"].read_bytes()
+    assert pdf.startswith(b"%PDF-") and pdf.rstrip().endswith(b"%%EOF") and len(re.findall(rb"/Type\s*/Page\b", pdf)) >= 1
+    sz = pd.read_csv(files["recording_szcore.tsv"], sep="\t")
+    assert list(sz) == ["onset", "duration", "eventType", "confidence", "channels", "dateTime", "recordingDuration"]
+    assert set(sz.eventType) <= {"sz", "bckg"} and (sz.recordingDuration == duration).all() and ((sz.onset + sz.duration) <= duration).all()
+    assert np.array_equal(numbers(files["recording_annotated.edf"]), numbers(source)), "not a sample changed"
+    assert b"hms: " in files["recording_annotated.edf"].read_bytes()
+    valid_bids(files["bids.zip"], len(summary["events"]), duration)
+
+
+def valid_bids(archive, n_events, duration):
+    "The rules of BIDS for a derivative with events: names, description, columns, sidecar."
+    with zipfile.ZipFile(archive) as z: inside = {name: z.read(name).decode() for name in z.namelist()}
+    about = json.loads(inside.pop("dataset_description.json"))
+    assert about["DatasetType"] == "derivative" and about["GeneratedBy"][0]["Name"] and {"Name", "BIDSVersion"} <= set(about)
+    pattern = r"sub-([a-zA-Z0-9]+)/eeg/sub-\1_task-[a-zA-Z0-9]+_desc-[a-zA-Z0-9]+_events\.(tsv|json)"
+    assert len(inside) == 2 and all(re.fullmatch(pattern, name) for name in inside)
+    tsv, sidecar = (next(text for name, text in inside.items() if name.endswith(end)) for end in (".tsv", ".json"))
+    rows = [line.split("\t") for line in tsv.splitlines()]
+    assert rows[0][:2] == ["onset", "duration"] and len(rows) == 1 + n_events and len(set(rows[0])) == len(rows[0])
+    assert set(rows[0]) <= set(json.loads(sidecar)) and set(r[2] for r in rows[1:]) <= set(json.loads(sidecar)["trial_type"]["Levels"])
+    assert all(0 <= float(r[0]) and float(r[0]) + float(r[1]) <= duration + 1e-3 for r in rows[1:])
+
+
+def drawn_alone(browser, pages):
+    "Pages show their figures with the network cut."
+    context = browser.new_context(offline=True, viewport={"width": 1280, "height": 1600})
+    for path in pages:
+        page, wrong = context.new_page(), []
+        page.on("pageerror", lambda e: wrong.append(str(e)))
+        page.on("requestfailed", lambda r: wrong.append(r.url))
+        page.goto(path.as_uri())
+        page.locator(".main-svg").first.wait_for()
+        page.screenshot(path=SHOTS / f"file_{path.stem}.png")
+        assert wrong == []
+    context.close()
+
+
+@pytest.fixture(scope="module")
+def looked(tmp_path_factory, eeg):
+    "Three minutes, scanned: session and source."
+    folder = tmp_path_factory.mktemp("looked")
+    source = edf(folder / "recording.edf", eeg[:, :int(180 * FS)], int(FS), [*CHANNELS, "ECG EKG"])
+    session = Session(folder, open_reader(source, folder), step=5.0)
+    scan_session(session)
+    assert progress(session)["state"] == "done"
+    return session, source
+
+
+def test_files_without_a_browser(looked, tmp_path):
+    session, source = looked
+    session.labels = [{"at": 60.0, "label": "gpd"}]
+    files = {Path(f).name: Path(f) for f in write_downloads(session, tmp_path)}
+    assert sorted(files) == sorted(FILES)
+    opened(files, source, 180)
+    text = report_html(session)
+    assert "Windows like it" in text and "rules of ACNS 2021" in text and "Research use only" in text
+
+
+def test_threshold_reaches_every_file(looked, tmp_path):
+    session, _ = looked
+    session.high = 0.99
+    try:
+        files = {Path(f).name: Path(f) for f in write_downloads(session, tmp_path)}
+        assert json.loads(files["summary.json"].read_text())["events"] == [] and "probability of 0.99" in files["report.html"].read_text()
+        assert pd.read_csv(files["burden.csv"]).lpd.sum() == 0 and peak_time(session) is None and "probability of 0.99" in report_html(session)
+    finally: session.high = 0.5
+
+
+def test_explanation_names_the_side(looked):
+    found = explain_at(looked[0], 90.0, step=10.0)
+    sides = {line["name"]: sum(line["evidence"]) for line in found["lines"]}
+    assert found["label"] == "lpd" and len(found["lines"][0]["evidence"]) == 5
+    assert sides["LL"] + sides["LP"] > sides["RL"] + sides["RP"], "the pattern is on the left"
+
+
+def test_one_window_has_one_answer(tmp_path):
+    "The same 50 s through the app's scan, its page, `predict_file` and the command: equal to 1e-6."
+    from typer.testing import CliRunner
+    from hms_brain.cli import app
+    x = simulate_recording(seed=5, patient=2, pattern="gpd", duration=50.0).eeg.astype(np.float32)
+    path = tmp_path / "recording.npy"
+    np.save(path, x)
+    session = Session(tmp_path, open_reader(path, tmp_path))
+    scan_session(session)
+    assert [r["at"] for r in session.rows] == [25.0]
+    told = CliRunner().invoke(app, ["predict", str(path), "--json"])
+    assert told.exit_code == 0, told.output
+    answers = [session.rows[0], predict_at(session, 25.0).probabilities, predict_file(path)[0].probabilities, json.loads(told.stdout)["probabilities"]]
+    p = np.array([[a[c] for c in CLASSES] for a in answers])
+    assert np.ptp(p, axis=0).max() <= 1e-6, p
+    shown = np.frombuffer(bytes(session.packed), np.uint8)
+    assert np.abs(shown[:6] / 255 - p[0]).max() <= 0.5 / 255 + 1e-9 and shown[6] == 0
+
+
+def test_nothing_to_report_yet(tmp_path, eeg):
+    session = Session(tmp_path, open_reader(edf(tmp_path / "a.edf", eeg[:, :int(60 * FS)], int(FS), [*CHANNELS, "ECG EKG"]), tmp_path))
+    with pytest.raises(InputError, match="nothing has been read yet"): report_html(session)
+    with pytest.raises(InputError, match="nothing has been read yet"): write_downloads(session, tmp_path / "files")
+
+
 @needs_browser
 def test_sample_from_open_to_report(tab, tmp_path):
     assert "stays on this computer" in tab.inner_text("body") and "simulated EEG only" in tab.inner_text("body") and "Research use only" in tab.inner_text("body")
@@ -179,20 +307,25 @@ def every_key(tab, frame):
     press(frame, "Shift+ArrowRight"); press(frame, "ArrowLeft"); assert state("view.at") == 20
     press(frame, "End"); assert state("view.at") == 590
     press(frame, "p"); event = state("events")[0]
-    assert event["start_s"] <= state("view.at") + 5 < event["stop_s"]
-    press(frame, "Home"); press(frame, "n"); assert event["start_s"] <= state("view.at") + 5 < event["stop_s"]
+    assert event["start"] <= state("view.at") + 5 < event["stop"]
+    press(frame, "Home"); press(frame, "n"); assert event["start"] <= state("view.at") + 5 < event["stop"]
     drawn(frame)
     tab.screenshot(path=SHOTS / "4_page.png")
     for key, what in (("m", "montage"), ("+", "sensitivity"), ("f", "filter")):
         old = state(f"view.{what}"); press(frame, key); assert state(f"view.{what}") != old
     press(frame, "-"); drawn(frame)
+    for _ in range(3): press(frame, "PageDown")
     for k in range(6): press(frame, str(k + 1))
     assert [x["label"] for x in state("labels")] == ["other"], "one label per place: the last"
     press(frame, "PageDown"); press(frame, "2"); press(frame, "3"); press(frame, "u")
     assert len(state("labels")) == 1
     press(frame, "2"); press(frame, "PageDown"); press(frame, "1"); press(frame, "Control+z")
     assert [x["label"] for x in state("labels")] == ["other", "lpd"]
-    press(frame, "o"); until(frame, "document.getElementById('toast').textContent.includes('explanation')")
+    press(frame, "n"); press(frame, "o"); until(frame, "hmsReader.view.why !== null")
+    assert len(state("view.why.lines")) == 5 and "speaks for" in frame.inner_text("#toast")
+    tab.wait_for_timeout(300)
+    tab.screenshot(path=SHOTS / "4_explanation.png")
+    press(frame, "o"); assert state("view.why") is None
     press(frame, "?"); assert frame.locator("#keys").is_visible()
     press(frame, "?"); assert not frame.locator("#keys").is_visible()
     press(frame, "c"); assert state("view.safe") is True
@@ -207,27 +340,24 @@ def every_key(tab, frame):
 def report(tab, folder):
     "Screen 5, and each file opened."
     tab.get_by_role("tab", name="4 Report").click()
-    tab.get_by_text("words of ACNS 2021").wait_for()
+    tab.get_by_text("Burden per hour").wait_for()
     text = tab.inner_text("#report")
-    assert "judged" in text and "LPD" in text and re.search("continuous|abundant|frequent", text) and "Research use only" in text
+    assert "judged" in text and "LPD" in text and re.search("continuous|abundant|frequent", text) and "Research use only" in text and "rules of ACNS 2021" in text
     tab.wait_for_timeout(500)
     tab.screenshot(path=SHOTS / "5_report.png", full_page=True)
     tab.locator("#make").click()
     got = {}
-    for name in ("probabilities.csv", "events.json", "peak.html", "peak.json", "labels.csv"):
+    for name in FILES:
         link = tab.locator(f'#files a[download="{name}"]').first
         link.wait_for()
         with tab.expect_download() as coming: link.click()
         coming.value.save_as(folder / name)
         got[name] = folder / name
-    table = pd.read_csv(got["probabilities.csv"])
-    assert np.allclose(table.filter(like="p_").sum(axis=1), 1, atol=1e-6) and set(table.status) <= {"ok", "gap", "poor"}
-    events = json.loads(got["events.json"].read_text())
-    assert events["events"] and events["bundle"]["simulated"] is True and "Research use only" in events["notice"]
-    assert "simulated EEG only" in got["peak.html"].read_text()
+    opened(got, ROOT / "hms_brain/assets/sample.edf", 600)
     assert json.loads(got["peak.json"].read_text())["predicted"] == "lpd"
     mine = train_schema().validate(pd.read_csv(got["labels.csv"]))
     assert mine.expert_consensus.tolist() == ["Other", "LPD"]
+    drawn_alone(tab.context.browser, [got["report.html"], got["peak.html"]])
 
 
 @needs_browser

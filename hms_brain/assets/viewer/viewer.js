@@ -462,7 +462,8 @@ function onKey(e) {
   if (!view.about || e.altKey || e.metaKey) return;
   if (e.ctrlKey) { if (e.key === "z") { e.preventDefault(); undo(); } return; }
   if ($("keys").open && e.key !== "?") return;
-  if (["SELECT", "BUTTON", "INPUT"].includes(e.target.tagName) && ["ArrowLeft", "ArrowRight", "Enter", "Home", "End", "PageUp", "PageDown"].includes(e.key)) return;
+  const own = { BUTTON: ["Enter"], SELECT: ["Enter", "ArrowLeft", "ArrowRight", "Home", "End", "PageUp", "PageDown"], INPUT: ["ArrowLeft", "ArrowRight", "Home", "End", "PageUp", "PageDown"] };
+  if ((own[e.target.tagName] || []).includes(e.key)) return;
   const act = ACTIONS[e.key];
   if (act) { e.preventDefault(); act(e); }
 }
@@ -481,6 +482,7 @@ function wire() {
   let timer = 0;
   const slide = () => { view.threshold = Number($("threshold").value); $("threshold-value").textContent = view.threshold.toFixed(2); clearTimeout(timer); timer = setTimeout(() => findEvents().catch(e => toast(e.message)), 60); redraw(); };
   $("threshold").addEventListener("input", slide);
+  $("threshold").addEventListener("pointerup", () => $("threshold").blur());
   $("threshold").value = view.threshold; $("threshold-value").textContent = view.threshold.toFixed(2);
   const whole = view.about.duration;
   $("lanes").addEventListener("mousemove", e => { view.hover = timeAt($("lanes"), e, whole); redraw(); });
