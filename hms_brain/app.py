@@ -119,7 +119,7 @@ footer { display: none !important }
 .hms-facts, .hms-table, .hms-facts tr, .hms-table tr, .hms-facts th, .hms-facts td, .hms-table th, .hms-table td { border-collapse: collapse; border: 0 !important } .hms-facts th { text-align: left; font-weight: 400; color: var(--body-text-color-subdued); padding: .3rem 1.6rem .3rem 0; vertical-align: top; white-space: nowrap } .hms-facts td { padding: .3rem 0 }
 .hms-facts tr + tr, .hms-table tr + tr { border-top: 1px solid var(--border-color-primary) !important } .hms-table th { text-align: left; font-weight: 400; color: var(--body-text-color-subdued) } .hms-table th, .hms-table td { padding: .3rem 1.3rem .3rem 0 } .hms-table span, .hms-issues span { color: var(--body-text-color-subdued) }
 h3 { font-size: .8rem !important; font-weight: 600; letter-spacing: .04em; text-transform: uppercase; color: var(--body-text-color-subdued); margin: 1.3rem 0 .4rem } .hms-issues { margin: 0 0 0 1.1rem; list-style: disc } .hms-issues li { margin: .2rem 0 }
-.hms-columns { display: grid; grid-template-columns: minmax(0, 3fr) minmax(0, 2fr); gap: 0 3rem } @media (max-width: 900px) { .hms-columns { display: block } }
+.hms-scroll { max-height: 26rem; overflow-y: auto } .hms-columns { display: grid; grid-template-columns: minmax(0, 3fr) minmax(0, 2fr); gap: 0 3rem } @media (max-width: 900px) { .hms-columns { display: block } }
 .hms-viewer { width: 100%; height: calc(100dvh - 74px); min-height: 520px; border: 1px solid var(--border-color-primary); border-radius: 6px; display: block }
 #read-tab, #read-tab .html-container { padding: 0 !important }
 """
@@ -136,7 +136,7 @@ def theme():  # gradio Theme
     blue = gr.themes.Color("#eef4f9", "#d9e6f1", "#b9d0e4", "#8fb3d3", "#5f90bc", "#41759f", "#2d5f8b", "#264f73", "#21425f", "#1d384f", "#132435")
     fonts = ["system-ui", "Segoe UI", "Helvetica Neue", "Arial", "sans-serif"]
     base = gr.themes.Base(primary_hue=blue, neutral_hue="slate", font=fonts, font_mono=["ui-monospace", "Consolas", "monospace"], text_size="md", radius_size="sm")
-    return base.set(button_primary_background_fill="*primary_600", button_primary_text_color="white", button_primary_background_fill_dark="*primary_600", block_shadow="none", body_background_fill_dark="#0e1114", block_background_fill_dark="#14181c")
+    return base.set(body_text_color_subdued="*neutral_500", button_primary_background_fill="*primary_600", button_primary_text_color="white", button_primary_background_fill_dark="*primary_600", block_shadow="none", body_background_fill_dark="#0e1114", block_background_fill_dark="#14181c")
 
 # %% ../nbs/82_app.ipynb #f221e987
 class Desk:
@@ -207,21 +207,24 @@ def show_report(
     sessions: Sessions,
     draft: dict,  # of the visitor
 ):  # HTML, figure, no files
-    "Burden, doubts and attributes as they stand."
+    "Burden, doubts and attributes as they stand; a figure where there is more than one hour."
+    import gradio as gr
     session = sessions.get(draft.get("token"))
-    if session is None: return fill("error", message=ENDED), None, []
-    try: return report_html(session), plot_burden(burden(session.table, session.step, **levels(session.high))) if session.rows else None, []
-    except InputError as e: return fill("error", message=str(e)), None, []
+    hidden, no_files = gr.update(visible=False), gr.update(value=[], visible=False)
+    if session is None: return fill("error", message=ENDED), hidden, no_files
+    hours = burden(session.table, session.step, **levels(session.high))
+    try: return report_html(session), gr.update(value=plot_burden(hours), visible=True) if len(hours) > 1 else hidden, no_files
+    except InputError as e: return fill("error", message=str(e)), hidden, no_files
 
 def make_files(
     sessions: Sessions,
     draft: dict,  # of the visitor
-) -> list[str]:  # paths
+):  # the list of files
     "Write the files to take home. Raises Gradio's error, which it shows."
     import gradio as gr
     session = sessions.get(draft.get("token"))
     if session is None: raise gr.Error(ENDED)
-    try: return write_downloads(session, session.folder / "files")
+    try: return gr.update(value=write_downloads(session, session.folder / "files"), visible=True)
     except InputError as e: raise gr.Error(str(e)) from None
 
 # %% ../nbs/82_app.ipynb #a60c5f19
@@ -259,10 +262,10 @@ def build_app(
             with gr.Tab("3  Read", id="read", interactive=False, elem_id="read-tab") as read: viewer = gr.HTML(elem_id="viewer", padding=False)
             with gr.Tab("4  Report", id="report", interactive=False) as report:
                 summary = gr.HTML(elem_id="report")
-                figure = gr.Plot(show_label=False)
+                figure = gr.Plot(show_label=False, visible=False)
                 with gr.Row():
                     make = gr.Button("Make the files", variant="primary", elem_id="make", scale=1)
-                    taken = gr.File(label="Files", file_count="multiple", interactive=False, elem_id="files", scale=3)
+                    taken = gr.File(label="Files", file_count="multiple", interactive=False, visible=False, elem_id="files", scale=3)
         looked = [draft, facts, mapping, start, check, tabs]
         files.upload(desk.open, [files, draft], looked, **quiet)
         sample.click(desk.open_sample, [draft], looked, **quiet)
@@ -301,7 +304,7 @@ def mount_app(
     base = path.rstrip("/")
     app.mount(f"{base}/viewer", viewer_app(sessions))
     gr.mount_gradio_app(app, build_app(sessions, f"{base}/viewer/"), base or "/", footer_links=[], show_error=False, max_file_size=LIMIT_GIB * gr.FileSize.GB, ssr_mode=False,
-                        enable_monitoring=False, mcp_server=False, pwa=False, theme=theme(), css=CSS, head=HEAD)
+                        enable_monitoring=False, mcp_server=False, app_kwargs={"docs_url": None, "redoc_url": None, "openapi_url": None}, pwa=False, theme=theme(), css=CSS, head=HEAD)
     return sessions
 
 # %% ../nbs/82_app.ipynb #161e39b0

@@ -103,9 +103,9 @@ def describe(
     reasons = scan.table.reasons[scan.table.abstained].str.split(":").str[0].value_counts()
     record = scan.about["recording"]
     facts = [("recording", f"{record['file']}, {clock(scan.duration)}"), ("identity", record["id"]), ("reference", record["reference"]), ("windows", f"{len(scan.table)}, every {scan.step:g} s; {judged.mean():.1%} judged"), *([("scan", "stopped before its end")] if scan.about.get("state") == "stopped" else []),
-             *((f"not judged: {k}", f"{n} windows") for k, n in reasons.items()), ("gaps in the file", f"{len(scan.gaps)}, {clock(sum(b - a for a, b in scan.gaps))} in all"), *((i["kind"], i["detail"]) for i in record["issues"])]
+             *((f"not judged: {k}", f"{n} windows") for k, n in reasons.items()), ("gaps in the file", f"{len(scan.gaps)}, {clock(sum(b - a for a, b in scan.gaps))} in all" if scan.gaps else "none"), *((i["kind"], i["detail"]) for i in record["issues"])]
     cell = lambda v: "not judged" if np.isnan(v) else f"{v:.1%} {prevalence(v)}" if v else "none"
-    table = [(f"{h.hour:.0f}", f"{h.judged:.0%}", *(cell(getattr(h, c)) for c in CLASSES[:-1])) for h in hours.itertuples()]
+    table = [(f"{h.hour + 1:.0f}", f"{h.judged:.0%}", *(cell(getattr(h, c)) for c in CLASSES[:-1])) for h in hours.itertuples()]
     listed = [(clock(e.start), clock(e.stop), f"{e.duration:.0f}", CLASS_LABELS[e.kind], f"{e.confidence:.2f}", f"{e.peak:.2f}") for e in events]
     rule = f"Events begin at a probability of {high:g}, end below {levels(high)['low']:g}, last at least {SHORTEST_S:g} s; of one kind they are merged when less than {MERGE_S:g} s apart. Burden and status count runs before merging. Words of prevalence: ACNS 2021."
     return {"facts": facts, "status": sentence, "burden": table, "events": listed, "rule": rule}

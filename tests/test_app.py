@@ -275,11 +275,12 @@ def test_nothing_to_report_yet(tmp_path, eeg):
 @needs_browser
 def test_sample_from_open_to_report(tab, tmp_path):
     assert "stays on this computer" in tab.inner_text("body") and "simulated EEG only" in tab.inner_text("body") and "Research use only" in tab.inner_text("body")
+    SHOTS.mkdir(parents=True, exist_ok=True)
+    tab.screenshot(path=SHOTS / "1_open.png")
     tab.locator("#sample").click()
     tab.get_by_text("Sampling rate").wait_for()
     facts = tab.inner_text("#facts")
     assert "10 min 00 s" in facts and "200 Hz" in facts and "19 of 19" in facts and "none" in facts
-    SHOTS.mkdir(parents=True, exist_ok=True)
     tab.screenshot(path=SHOTS / "2_check.png")
     frame = start(tab)
     finished(frame)
@@ -353,10 +354,16 @@ def report(tab, folder):
         with tab.expect_download() as coming: link.click()
         coming.value.save_as(folder / name)
         got[name] = folder / name
+    tab.screenshot(path=SHOTS / "5_files.png", full_page=True)
     opened(got, ROOT / "hms_brain/assets/sample.edf", 600)
     assert json.loads(got["peak.json"].read_text())["predicted"] == "lpd"
     mine = train_schema().validate(pd.read_csv(got["labels.csv"]))
     assert mine.expert_consensus.tolist() == ["Other", "LPD"]
+    tab.evaluate("document.body.classList.add('dark')")
+    for name in ("4 Report", "2 Check", "1 Open"):
+        tab.get_by_role("tab", name=name).click()
+        tab.wait_for_timeout(600)
+        tab.screenshot(path=SHOTS / f"dark_{name[0]}.png", full_page=True)
     drawn_alone(tab.context.browser, [got["report.html"], got["peak.html"]])
 
 

@@ -301,7 +301,7 @@ function drawWhy(g, lines, yOf, unit, pxOf) {  // evidence of the chain that a r
 }
 
 function drawPage() {
-  const canvas = $("page"), { g, w, h } = pen(canvas), about = view.about, left = 62, right = w - 10, top = 12, bottom = h - 26, width = right - left;
+  const canvas = $("page"), { g, w, h } = pen(canvas), about = view.about, left = 62, right = w - 10, top = 12, bottom = h - 62, width = right - left;
   const margin = view.seconds === 10 ? MARGIN : 0, t0 = view.at - margin, t1 = view.at + view.seconds + margin, pxOf = t => left + width * (t - t0) / (t1 - t0);
   canvas.place = { left, width, t0, total: t1 - t0 };
   const lines = montageRows(), unit = (bottom - top) / (lines[lines.length - 1].y + 1.6);
@@ -332,7 +332,7 @@ function drawPage() {
   g.strokeRect(Math.max(from, left), top, Math.min(to, right) - Math.max(from, left), bottom - top); g.setLineDash([]);
   g.fillStyle = ink.soft; g.textAlign = "center";
   const said = niceTicks(view.seconds);
-  for (let t = Math.ceil(t0 / said) * said; t <= t1; t += said) if (t >= 0 && t <= about.duration) { const x = pxOf(t); if (x > left + 12 && x < right - 12) g.fillText(hms(t), x, h - 12); }
+  for (let t = Math.ceil(t0 / said) * said; t <= t1; t += said) if (t >= 0 && t <= about.duration) { const x = pxOf(t); if (x > left + 12 && x < right - 150) g.fillText(hms(t), x, bottom + 13); }
   scaleBar(g, pxOf(t1), bottom, pxPerUv, width / (t1 - t0));
   const mine = [...labels].reverse().find(l => Math.abs(l.at - middle) < CENTRE / 2);
   if (mine) { const c = classOf(mine.label), text = c.label; g.font = '600 12px system-ui, Arial, sans-serif'; const wide = g.measureText(text).width + 26; g.fillStyle = ink.paper; g.fillRect(from + 6, top + 5, wide, 20); g.strokeStyle = colourOf(c); g.strokeRect(from + 6.5, top + 5.5, wide, 20); g.fillStyle = colourOf(c); g.fillRect(from + 12, top + 11, 9, 9); g.fillStyle = ink.ink; g.textAlign = "left"; g.fillText(text, from + 26, top + 16); }
@@ -375,8 +375,7 @@ function trace(g, data, line, x0, x1, y0, gain, limit) {
 }
 
 function scaleBar(g, right, bottom, pxPerUv, pxPerS) {
-  const uv = [20, 50, 100, 200, 500, 1000].find(u => u * pxPerUv >= 18) || 1000, high = uv * pxPerUv, wide = Math.min(pxPerS, 90), x = right - 12, y = bottom - 20;
-  g.fillStyle = ink.paper; g.globalAlpha = 0.85; g.fillRect(x - wide - 48, y - high - 8, wide + 54, high + 24); g.globalAlpha = 1;
+  const uv = [1000, 500, 200, 100, 50, 20, 10].find(u => u * pxPerUv <= 42) || 10, high = uv * pxPerUv, wide = Math.min(pxPerS, 90), x = right - 8, y = bottom + 44;  // below the page, over nothing
   g.strokeStyle = ink.ink; g.lineWidth = 1.6; g.beginPath(); g.moveTo(x - wide, y - high); g.lineTo(x - wide, y); g.lineTo(x, y); g.stroke();
   g.fillStyle = ink.ink; g.textAlign = "right"; g.fillText(`${uv} µV`, x - wide - 5, y - high / 2); g.textAlign = "center";
   g.fillText(wide < pxPerS ? `${(wide / pxPerS).toFixed(1)} s` : "1 s", x - wide / 2, y + 8);
