@@ -111,7 +111,7 @@ def fill(
 # %% ../nbs/82_app.ipynb #00886586
 CSS = """
 .gradio-container { max-width: none !important; padding: 0 !important; font-variant-numeric: tabular-nums } .gradio-container main { padding: 4px 14px 8px !important; max-width: none !important } .gradio-container button.lg, .gradio-container button.md { font-weight: 500; font-size: .95rem }
-#upload { max-width: 60rem } #sample { max-width: 18rem } #mapping * { font-family: var(--font) }
+#upload { max-width: 60rem; margin-left: 0 } .dark button[role="tab"][aria-selected="true"] { color: #8fb3d3 !important } #sample { max-width: 18rem } #mapping * { font-family: var(--font) }
 footer { display: none !important }
 .hms-intro { max-width: 46rem; padding: 10px 0 4px } .hms-intro h1 { font-size: 1.5rem; font-weight: 600; margin: 0 0 .4rem; letter-spacing: -.01em } .hms-intro ul { margin: .6rem 0 0 1.1rem; list-style: disc } .hms-intro li { margin: .25rem 0 }
 .hms-note { color: var(--body-text-color-subdued); margin: .3rem 0; max-width: 60rem }
@@ -136,7 +136,7 @@ def theme():  # gradio Theme
     blue = gr.themes.Color("#eef4f9", "#d9e6f1", "#b9d0e4", "#8fb3d3", "#5f90bc", "#41759f", "#2d5f8b", "#264f73", "#21425f", "#1d384f", "#132435")
     fonts = ["system-ui", "Segoe UI", "Helvetica Neue", "Arial", "sans-serif"]
     base = gr.themes.Base(primary_hue=blue, neutral_hue="slate", font=fonts, font_mono=["ui-monospace", "Consolas", "monospace"], text_size="md", radius_size="sm")
-    return base.set(body_text_color_subdued="*neutral_500", button_primary_background_fill="*primary_600", button_primary_text_color="white", button_primary_background_fill_dark="*primary_600", block_shadow="none", body_background_fill_dark="#0e1114", block_background_fill_dark="#14181c")
+    return base.set(body_text_color_subdued="*neutral_500", button_primary_background_fill="*primary_600", button_primary_text_color="white", button_primary_background_fill_dark="*primary_600", block_shadow="none", body_background_fill_dark="#0e1114", block_background_fill_dark="#14181c", table_even_background_fill_dark="#14181c", table_odd_background_fill_dark="#1a1f24")
 
 # %% ../nbs/82_app.ipynb #f221e987
 class Desk:
