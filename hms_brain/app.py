@@ -182,7 +182,7 @@ class Desk:
             shown, table, ready = fill("facts", facts=understood(reader), issues=reader.issues), map_rows(reader.look.channel_map), True
         except InputError as e:
             draft.pop("reader", None)
-            try: table = rows if rows is not None else [[x, ""] for x in labels_of(draft["path"])]
+            try: table = rows if rows is not None else map_rows(labels_of(draft["path"]))
             except InputError: table = []
             shown, ready = fill("error", message=str(e)), False
         return draft, shown, table, gr.update(interactive=ready), gr.update(interactive=True), gr.update(selected="check")

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from .core import CHANNELS, CONTEXT_S, EKG, FS, InputError
-from .electrodes import clean_labels
+from .electrodes import chosen_targets, clean_labels, target_name
 from .formats.edf import OpenEdf, gap_issues, open_edf, read_header, read_piece
 from .formats.sandbox import sniff
 from .quality import GAP_S
@@ -138,12 +138,13 @@ def open_reader(
 # %% ../nbs/76_pages.ipynb #a3208204
 def labels_of(
     path: str | Path,  # a recording
-) -> list[str]:  # as shown to people; empty when the format does not tell
-    "The channel labels of an EDF or BDF, whatever they mean. Raises `InputError` when the file is no recording."
-    kind = sniff(Path(path))
-    if kind not in ("edf", "bdf"): return []
+) -> dict[str, str]:  # label as shown to people -> electrode that it seems to mean, or ""; empty when the format does not tell
+    "The channels of an EDF or BDF, to be mended by hand. Raises `InputError` when the file is no recording."
+    if sniff(Path(path)) not in ("edf", "bdf"): return {}
     header = read_header(Path(path))
-    return clean_labels([x if s else "" for x, s in zip(header.labels, header.samples)])
+    labels = [x if s else "" for x, s in zip(header.labels, header.samples)]
+    names = clean_labels(labels)
+    return {name: target_name(to) if to else "" for name, to in zip(names, chosen_targets(names, labels, None, Path(path)))}
 
 # %% ../nbs/76_pages.ipynb #ef95f388
 PAGE_MARGIN_S = 8.0  # s on either side that a filter reads beyond the page

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .catalog import TRAIN_COLUMNS
-from .core import CLASS_LABELS, CLASSES, CONTEXT_S, VOTE_COLUMNS, WINDOW_S, InputError, get_settings
+from .core import CENTRE_S, CLASS_LABELS, CLASSES, CONTEXT_S, VOTE_COLUMNS, WINDOW_S, InputError, get_settings
 from .events import HIGH, Event, find_events
 from .occlusion import LINES, occlude
 from .pages import Reader, Tiles
@@ -70,9 +70,12 @@ class Stopped(Exception):
 
 def status_of(
     row: dict,  # of a scan's table
+    gaps: tuple[tuple[float, float], ...],  # s
 ) -> int:  # index of STATUS
-    "Whether a window was judged, and if not, whether its signal is absent or poor."
-    return 0 if not row["abstained"] else 1 if re.search(NO_DATA, row["reasons"]) else 2
+    "Whether a window was judged, and if not, whether its signal is absent, above all in the ten seconds in question, or poor."
+    if not row["abstained"]: return 0
+    lost = sum(max(0.0, min(b, row["at"] + CENTRE_S / 2) - max(a, row["at"] - CENTRE_S / 2)) for a, b in gaps)
+    return 1 if lost > CENTRE_S / 2 or re.search(NO_DATA, row["reasons"]) else 2
 
 class Session:
     "What one visitor looks at."
@@ -116,7 +119,7 @@ class Session:
         "Take in new rows; raises `Stopped` when the visitor stopped the scan."
         if self.halt.is_set(): raise Stopped
         p = np.array([[r[c] for c in CLASSES] for r in rows])
-        status = np.array([[status_of(r)] for r in rows])
+        status = np.array([[status_of(r, self.reader.gaps)] for r in rows])
         self.packed += np.hstack([np.round(255 * p), status]).astype(np.uint8).tobytes()
         self.rows += rows
 
