@@ -150,7 +150,8 @@ def press(frame, key):
 
 def drawn(frame):
     "Wait until the page on the screen is complete."
-    until(frame, "[...hmsReader.chunks.values()].every(c => c.data)")
+    until(frame, "hmsReader.chunks.has([Math.floor(hmsReader.view.at / 10), hmsReader.view.filter, hmsReader.view.mains].join('|'))"
+                 " && [...hmsReader.chunks.values(), ...hmsReader.tiles.values()].every(c => c.data)")
 
 
 FILES = ("probabilities.csv", "burden.csv", "summary.json", "report.html", "report.pdf", "recording_szcore.tsv", "recording_annotated.edf", "bids.zip", "peak.html", "peak.json", "labels.csv")
