@@ -130,6 +130,7 @@ FOCUS = "() => { setTimeout(() => { const f = document.querySelector('iframe.hms
 LIMIT_GIB = 2  # of one file
 STEPS = {"a window every 2 s": 2.0, "a window every 5 s": 5.0, "a window every 10 s": 10.0, "a window every 30 s": 30.0}
 
+# %% ../nbs/82_app.ipynb #72e4a629
 def theme():  # gradio Theme
     "Quiet colours, the computer's own fonts."
     import gradio as gr

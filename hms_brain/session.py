@@ -6,8 +6,8 @@ Docs: https://hms-brain.github.io/hms_brain/session.html.md"""
 
 # %% auto #0
 __all__ = ['COLUMNS', 'STATUS', 'MOST_SESSIONS', 'IDLE_S', 'label_table', 'checked_labels', 'Stopped', 'status_of', 'Session',
-           'Remembering', 'read_through', 'scan_session', 'begin', 'progress', 'around', 'predict_at', 'explain_at',
-           'close', 'Sessions']
+           'Remembering', 'read_through', 'scan_session', 'begin', 'progress', 'around', 'predict_at', 'close',
+           'explain_at', 'Sessions']
 
 # %% ../nbs/79_session.ipynb #5a527b13
 import math
@@ -77,6 +77,7 @@ def status_of(
     lost = sum(max(0.0, min(b, row["at"] + CENTRE_S / 2) - max(a, row["at"] - CENTRE_S / 2)) for a, b in gaps)
     return 1 if lost > CENTRE_S / 2 or re.search(NO_DATA, row["reasons"]) else 2
 
+# %% ../nbs/79_session.ipynb #677ac676
 class Session:
     "What one visitor looks at."
     def __init__(self,
@@ -207,6 +208,17 @@ def predict_at(
     predictor, piece, centre = around(session, at)
     return predictor(piece, centre)
 
+# %% ../nbs/79_session.ipynb #fca9bcc7
+def close(
+    session: Session,
+    files: bool = True,  # remove its folder, too
+):
+    "Stop the scan, wait for it, and remove the files."
+    session.halt.set()
+    if session.thread is not None and session.thread is not threading.current_thread(): session.thread.join(timeout=10)
+    if files: shutil.rmtree(session.folder, ignore_errors=True)
+
+# %% ../nbs/79_session.ipynb #95480e79
 def explain_at(
     session: Session,
     at: float,  # s
@@ -219,16 +231,6 @@ def explain_at(
     rows = [{"name": name, "electrodes": list(inner), "evidence": np.round(row, 4).tolist()} for (name, inner), row in zip(LINES.items(), found.grid())]
     return {"label": CLASSES[int(found.whole.argmax())], "start": piece.start + x.at - WINDOW_S / 2, "step": step, "lines": rows}
 
-
-# %% ../nbs/79_session.ipynb #fca9bcc7
-def close(
-    session: Session,
-    files: bool = True,  # remove its folder, too
-):
-    "Stop the scan, wait for it, and remove the files."
-    session.halt.set()
-    if session.thread is not None and session.thread is not threading.current_thread(): session.thread.join(timeout=10)
-    if files: shutil.rmtree(session.folder, ignore_errors=True)
 
 # %% ../nbs/79_session.ipynb #39c965d8
 MOST_SESSIONS, IDLE_S = 8, 12 * 3600.0

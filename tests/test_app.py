@@ -205,14 +205,15 @@ def valid_bids(archive, n_events, duration):
 def drawn_alone(browser, pages):
     "Pages show their figures with the network cut."
     context = browser.new_context(offline=True, viewport={"width": 1280, "height": 1600})
+    wrong = []
+    context.on("weberror", lambda e: wrong.append(str(e.error)))
+    context.on("requestfailed", lambda r: wrong.append(r.url))
     for path in pages:
-        page, wrong = context.new_page(), []
-        page.on("pageerror", lambda e: wrong.append(str(e)))
-        page.on("requestfailed", lambda r: wrong.append(r.url))
+        page = context.new_page()
         page.goto(path.as_uri())
         page.locator(".main-svg").first.wait_for()
         page.screenshot(path=SHOTS / f"file_{path.stem}.png")
-        assert wrong == []
+    assert wrong == []
     context.close()
 
 
