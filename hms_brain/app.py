@@ -17,15 +17,16 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import hms_brain
 from .bundle import Bundle, default_bundle
 from .core import CHANNELS, EKG, NOTICE, InputError, get_settings
+from .events import burden
 from .formats.sandbox import sniff
-from .overview import burden
 from .pages import Reader, labels_of, open_reader
 from .plots import plot_burden
+from .reports import levels
 from .results import length, render, report_html, write_downloads
 from .session import Session, Sessions, begin
 from .viewer import HostGuard, viewer_app
@@ -110,7 +111,7 @@ def fill(
 # %% ../nbs/82_app.ipynb #00886586
 CSS = """
 .gradio-container { max-width: none !important; padding: 0 !important; font-variant-numeric: tabular-nums } .gradio-container main { padding: 4px 14px 8px !important; max-width: none !important } .gradio-container button.lg, .gradio-container button.md { font-weight: 500; font-size: .95rem }
-#upload { max-width: 60rem } #sample { max-width: 18rem } #mapping * { font-family: var(--font) }
+#upload { max-width: 60rem; margin-left: 0 } .dark button[role="tab"][aria-selected="true"] { color: #8fb3d3 !important } #sample { max-width: 18rem } #mapping * { font-family: var(--font) }
 footer { display: none !important }
 .hms-intro { max-width: 46rem; padding: 10px 0 4px } .hms-intro h1 { font-size: 1.5rem; font-weight: 600; margin: 0 0 .4rem; letter-spacing: -.01em } .hms-intro ul { margin: .6rem 0 0 1.1rem; list-style: disc } .hms-intro li { margin: .25rem 0 }
 .hms-note { color: var(--body-text-color-subdued); margin: .3rem 0; max-width: 60rem }
@@ -118,7 +119,7 @@ footer { display: none !important }
 .hms-facts, .hms-table, .hms-facts tr, .hms-table tr, .hms-facts th, .hms-facts td, .hms-table th, .hms-table td { border-collapse: collapse; border: 0 !important } .hms-facts th { text-align: left; font-weight: 400; color: var(--body-text-color-subdued); padding: .3rem 1.6rem .3rem 0; vertical-align: top; white-space: nowrap } .hms-facts td { padding: .3rem 0 }
 .hms-facts tr + tr, .hms-table tr + tr { border-top: 1px solid var(--border-color-primary) !important } .hms-table th { text-align: left; font-weight: 400; color: var(--body-text-color-subdued) } .hms-table th, .hms-table td { padding: .3rem 1.3rem .3rem 0 } .hms-table span, .hms-issues span { color: var(--body-text-color-subdued) }
 h3 { font-size: .8rem !important; font-weight: 600; letter-spacing: .04em; text-transform: uppercase; color: var(--body-text-color-subdued); margin: 1.3rem 0 .4rem } .hms-issues { margin: 0 0 0 1.1rem; list-style: disc } .hms-issues li { margin: .2rem 0 }
-.hms-columns { display: grid; grid-template-columns: minmax(0, 3fr) minmax(0, 2fr); gap: 0 3rem } @media (max-width: 900px) { .hms-columns { display: block } }
+.hms-scroll { max-height: 26rem; overflow-y: auto } .hms-columns { display: grid; grid-template-columns: minmax(0, 3fr) minmax(0, 2fr); gap: 0 3rem } @media (max-width: 900px) { .hms-columns { display: block } }
 .hms-viewer { width: 100%; height: calc(100dvh - 74px); min-height: 520px; border: 1px solid var(--border-color-primary); border-radius: 6px; display: block }
 #read-tab, #read-tab .html-container { padding: 0 !important }
 """
@@ -129,13 +130,14 @@ FOCUS = "() => { setTimeout(() => { const f = document.querySelector('iframe.hms
 LIMIT_GIB = 2  # of one file
 STEPS = {"a window every 2 s": 2.0, "a window every 5 s": 5.0, "a window every 10 s": 10.0, "a window every 30 s": 30.0}
 
+# %% ../nbs/82_app.ipynb #72e4a629
 def theme():  # gradio Theme
     "Quiet colours, the computer's own fonts."
     import gradio as gr
     blue = gr.themes.Color("#eef4f9", "#d9e6f1", "#b9d0e4", "#8fb3d3", "#5f90bc", "#41759f", "#2d5f8b", "#264f73", "#21425f", "#1d384f", "#132435")
     fonts = ["system-ui", "Segoe UI", "Helvetica Neue", "Arial", "sans-serif"]
     base = gr.themes.Base(primary_hue=blue, neutral_hue="slate", font=fonts, font_mono=["ui-monospace", "Consolas", "monospace"], text_size="md", radius_size="sm")
-    return base.set(button_primary_background_fill="*primary_600", button_primary_text_color="white", button_primary_background_fill_dark="*primary_600", block_shadow="none", body_background_fill_dark="#0e1114", block_background_fill_dark="#14181c")
+    return base.set(body_text_color_subdued="*neutral_500", button_primary_background_fill="*primary_600", button_primary_text_color="white", button_primary_background_fill_dark="*primary_600", block_shadow="none", body_background_fill_dark="#0e1114", block_background_fill_dark="#14181c", table_even_background_fill_dark="#14181c", table_odd_background_fill_dark="#1a1f24")
 
 # %% ../nbs/82_app.ipynb #f221e987
 class Desk:
@@ -181,7 +183,7 @@ class Desk:
             shown, table, ready = fill("facts", facts=understood(reader), issues=reader.issues), map_rows(reader.look.channel_map), True
         except InputError as e:
             draft.pop("reader", None)
-            try: table = rows if rows is not None else [[x, ""] for x in labels_of(draft["path"])]
+            try: table = rows if rows is not None else map_rows(labels_of(draft["path"]))
             except InputError: table = []
             shown, ready = fill("error", message=str(e)), False
         return draft, shown, table, gr.update(interactive=ready), gr.update(interactive=True), gr.update(selected="check")
@@ -206,20 +208,24 @@ def show_report(
     sessions: Sessions,
     draft: dict,  # of the visitor
 ):  # HTML, figure, no files
-    "Burden, doubts and attributes as they stand."
+    "Burden, doubts and attributes as they stand; a figure where there is more than one hour."
+    import gradio as gr
     session = sessions.get(draft.get("token"))
-    if session is None: return fill("error", message=ENDED), None, []
-    return report_html(session), plot_burden(burden(session.table, session.threshold, session.step)) if session.rows else None, []
+    hidden, no_files = gr.update(visible=False), gr.update(value=[], visible=False)
+    if session is None: return fill("error", message=ENDED), hidden, no_files
+    hours = burden(session.table, session.step, **levels(session.high))
+    try: return report_html(session), gr.update(value=plot_burden(hours), visible=True) if len(hours) > 1 else hidden, no_files
+    except InputError as e: return fill("error", message=str(e)), hidden, no_files
 
 def make_files(
     sessions: Sessions,
     draft: dict,  # of the visitor
-) -> list[str]:  # paths
+):  # the list of files
     "Write the files to take home. Raises Gradio's error, which it shows."
     import gradio as gr
     session = sessions.get(draft.get("token"))
     if session is None: raise gr.Error(ENDED)
-    try: return write_downloads(session, session.folder / "files")
+    try: return gr.update(value=write_downloads(session, session.folder / "files"), visible=True)
     except InputError as e: raise gr.Error(str(e)) from None
 
 # %% ../nbs/82_app.ipynb #a60c5f19
@@ -232,7 +238,8 @@ def build_app(
     "The Gradio page. Mount it with `mount_app`, or show it where the viewer is mounted beside it."
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     import gradio as gr
-    desk, quiet = Desk(sessions, viewer_at), dict(show_progress="minimal", api_visibility="private")
+    desk = Desk(sessions, viewer_at)
+    quiet: dict[str, Any] = {"show_progress": "minimal", "api_visibility": "private"}
     with gr.Blocks(title="hms_brain", analytics_enabled=False, fill_width=True, delete_cache=(600, 3600)) as blocks:
         draft = gr.State({}, delete_callback=desk.drop)
         with gr.Tabs(selected="open") as tabs:
@@ -256,10 +263,10 @@ def build_app(
             with gr.Tab("3  Read", id="read", interactive=False, elem_id="read-tab") as read: viewer = gr.HTML(elem_id="viewer", padding=False)
             with gr.Tab("4  Report", id="report", interactive=False) as report:
                 summary = gr.HTML(elem_id="report")
-                figure = gr.Plot(show_label=False)
+                figure = gr.Plot(show_label=False, visible=False)
                 with gr.Row():
                     make = gr.Button("Make the files", variant="primary", elem_id="make", scale=1)
-                    taken = gr.File(label="Files", file_count="multiple", interactive=False, elem_id="files", scale=3)
+                    taken = gr.File(label="Files", file_count="multiple", interactive=False, visible=False, elem_id="files", scale=3)
         looked = [draft, facts, mapping, start, check, tabs]
         files.upload(desk.open, [files, draft], looked, **quiet)
         sample.click(desk.open_sample, [draft], looked, **quiet)
@@ -298,7 +305,7 @@ def mount_app(
     base = path.rstrip("/")
     app.mount(f"{base}/viewer", viewer_app(sessions))
     gr.mount_gradio_app(app, build_app(sessions, f"{base}/viewer/"), base or "/", footer_links=[], show_error=False, max_file_size=LIMIT_GIB * gr.FileSize.GB, ssr_mode=False,
-                        enable_monitoring=False, mcp_server=False, pwa=False, theme=theme(), css=CSS, head=HEAD)
+                        enable_monitoring=False, mcp_server=False, app_kwargs={"docs_url": None, "redoc_url": None, "openapi_url": None}, pwa=False, theme=theme(), css=CSS, head=HEAD)
     return sessions
 
 # %% ../nbs/82_app.ipynb #161e39b0

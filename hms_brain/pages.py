@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from .core import CHANNELS, CONTEXT_S, EKG, FS, InputError
-from .electrodes import clean_labels
+from .electrodes import chosen_targets, clean_labels, target_name
 from .formats.edf import OpenEdf, gap_issues, open_edf, read_header, read_piece
 from .formats.sandbox import sniff
 from .quality import GAP_S
@@ -40,6 +40,7 @@ class Reader:
     kind: str  # format
     rates: tuple[float, ...]  # Hz in the file, each once
     units: tuple[str, ...]  # as written in the file, each once
+    reading: dict  # how it was understood: channel_map and unit of the caller
 
     @property
     def id(self) -> str: return self.look.id
@@ -83,7 +84,8 @@ def keep_copy(
     **reading,  # channel_map, unit: see `read_recording`
 ) -> tuple[tuple[Issue, ...], tuple[tuple[float, float], ...]]:  # what was found on the way; s without data
     "Decode a recording piece by piece into a flat file. Raises `InputError`."
-    issues, gaps = [], []
+    issues: list[Issue] = []
+    gaps: list[tuple[float, float]] = []
     with open(copy, "wb") as f:
         for start in np.arange(0, look.file_duration, PIECE_S):
             r = read_recording(path, start=float(start), duration=PIECE_S, **reading)
@@ -115,13 +117,14 @@ def open_reader(
 ) -> Reader:
     "Look at a recording and prepare for reading any part of it. Raises `InputError`."
     path, kind = Path(path), sniff(Path(path))
+    reading = {"channel_map": channel_map, "unit": unit}
     look = read_recording(path, duration=LOOK_S, channel_map=channel_map, unit=unit)
     if kind not in ("edf", "bdf"):
         copy = Path(folder) / "signal.f32"
         found, gaps = keep_copy(path, copy, look, channel_map=channel_map, unit=unit)
         resampled = next((i.detail for i in look.issues if i.kind == "resampled"), "")
         rate = float(resampled.split()[1].strip(",")) if resampled else FS
-        return Reader(path, copy_parts(copy, look), look, gaps, found, kind, (rate,), ())
+        return Reader(path, copy_parts(copy, look), look, gaps, found, kind, (rate,), (), reading)
     file = open_edf(path, channel_map)
     piece = read_piece(file, Request(duration=LOOK_S))
     units = settled_units(piece, file, unit)
@@ -130,17 +133,18 @@ def open_reader(
     issues = (*(i for i in look.issues if i.kind not in ("gap", "nan")), *told)
     used = sorted(file.plan.used)
     return Reader(path, edf_parts(file, units, channel_map, look.id), look, tuple(edges), issues, kind,
-                  tuple(sorted({file.rates[i] for i in used})), tuple(dict.fromkeys(str(units[i]) for i in used)))
+                  tuple(sorted({file.rates[i] for i in used})), tuple(dict.fromkeys(str(units[i]) for i in used)), reading)
 
 # %% ../nbs/76_pages.ipynb #a3208204
 def labels_of(
     path: str | Path,  # a recording
-) -> list[str]:  # as shown to people; empty when the format does not tell
-    "The channel labels of an EDF or BDF, whatever they mean. Raises `InputError` when the file is no recording."
-    kind = sniff(Path(path))
-    if kind not in ("edf", "bdf"): return []
+) -> dict[str, str]:  # label as shown to people -> electrode that it seems to mean, or ""; empty when the format does not tell
+    "The channels of an EDF or BDF, to be mended by hand. Raises `InputError` when the file is no recording."
+    if sniff(Path(path)) not in ("edf", "bdf"): return {}
     header = read_header(Path(path))
-    return clean_labels([x if s else "" for x, s in zip(header.labels, header.samples)])
+    labels = [x if s else "" for x, s in zip(header.labels, header.samples)]
+    names = clean_labels(labels)
+    return {name: target_name(to) if to else "" for name, to in zip(names, chosen_targets(names, labels, None, Path(path)))}
 
 # %% ../nbs/76_pages.ipynb #ef95f388
 PAGE_MARGIN_S = 8.0  # s on either side that a filter reads beyond the page

@@ -138,7 +138,7 @@ def answer_block(
     firsts: np.ndarray,  # samples where the windows of the block begin
     n_times: int,  # samples of the recording
     pool: ThreadPoolExecutor,
-    tell=lambda n: None,  # called with the number of windows that are done
+    tell=lambda new: None,  # called with rows as they come; may raise to stop
 ) -> "pd.DataFrame":  # one row per window
     "Classify the windows of one block."
     import pandas as pd
@@ -148,8 +148,9 @@ def answer_block(
     rows = []
     try:
         for task in tasks:
-            rows += task.result()
-            tell(len(rows))
+            new = task.result()
+            rows += new
+            tell(new)
     finally:
         for task in tasks: task.cancel()
     return pd.DataFrame(rows)
@@ -243,8 +244,7 @@ def scan_file(
         try:
             for k, piece in zip(left, ahead(read_pieces(path, [plan.span(plan.blocks[k]) for k in left], **reading))):
                 if piece.id not in ("", ledger["recording"]["id"]): raise InputError("has changed since the scan began", path, "scan it again into another folder")
-                base = bar.n
-                table = answer_block(predictor, piece, plan.firsts[plan.blocks[k]], plan.n_times, pool, lambda n, base=base: bar.update(base + n - bar.n))
+                table = answer_block(predictor, piece, plan.firsts[plan.blocks[k]], plan.n_times, pool, lambda new: bar.update(len(new)))
                 keep_block(out, ledger, k, table, piece)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"interrupted; {len(ledger['blocks'])} of {len(plan.blocks)} blocks are kept in {out}: the same command goes on from there") from None

@@ -15,7 +15,7 @@ const KEYS = [["Page Down, Page Up", "next page, page before"], ["→, ←", "on
   ["m", "montage"], ["+, −", "sensitivity"], ["f", "filter"], ["1 – 6", "your label: Seizure, LPD, GPD, LRDA, GRDA, Other"], ["u, Ctrl+Z", "take the last label back"],
   ["o", "explanation: what the answer rests on"], ["Enter, Esc", "page, overview"], ["c", "colours for colour-blind readers"], ["d", "dark, light"], ["?", "these keys"]];
 
-const view = { about: null, mode: "overview", at: 0, seconds: 10, montage: 0, sensitivity: 4, filter: 0, mains: 0, safe: false, threshold: 0.5, hover: null };
+const view = { about: null, mode: "overview", at: 0, seconds: 10, montage: 0, sensitivity: 4, filter: 0, mains: 0, safe: false, threshold: 0.5, hover: null, why: null };
 const rows = { n: 0, total: 0, bytes: new Uint8Array(0), state: "waiting" };
 let events = [], labels = [], ink = {}, palette = null, pending = false, turnedAt = 0;
 const chunks = new Map(), tiles = new Map();
@@ -110,11 +110,11 @@ function listEvents() {
   $("events-title").textContent = events.length ? `Events (${events.length})` : "Events";
   const shown = events.slice(0, 2000);
   shown.forEach((e, i) => {
-    const c = classOf(e.label);
+    const c = classOf(e.kind);
     const name = () => { const td = el("td"); td.append(dot(c), c.label); return td; };
     const full = el("tr"), brief = el("tr");
-    full.append(el("td", hms(e.start_s)), name(), el("td", span(e.stop_s - e.start_s), { className: "n" }), el("td", e.peak.toFixed(2), { className: "n" }));
-    brief.append(el("td", hms(e.start_s)), name(), el("td", span(e.stop_s - e.start_s), { className: "n" }));
+    full.append(el("td", hms(e.start)), name(), el("td", span(e.stop - e.start), { className: "n" }), el("td", e.peak.toFixed(2), { className: "n" }));
+    brief.append(el("td", hms(e.start)), name(), el("td", span(e.stop - e.start), { className: "n" }));
     for (const tr of [full, brief]) tr.addEventListener("click", () => { toEvent(e); setMode("page"); });
     body.append(full); near.append(brief);
   });
@@ -125,7 +125,7 @@ function listEvents() {
 function markEvent() {
   const t = view.at + view.seconds / 2;
   for (const body of [$("events"), $("events-near")]) [...body.children].forEach((tr, i) => {
-    const now = events[i] && events[i].start_s <= t && t < events[i].stop_s;
+    const now = events[i] && events[i].start <= t && t < events[i].stop;
     if (now && tr.getAttribute("aria-current") !== "true" && view.mode === "page") tr.scrollIntoView({ block: "nearest" });
     tr.setAttribute("aria-current", String(Boolean(now)));
   });
@@ -284,8 +284,24 @@ function montageRows() {
   return out;
 }
 
+function drawWhy(g, lines, yOf, unit, pxOf) {  // evidence of the chain that a row touches, over time
+  const { why } = view, about = view.about, strongest = Math.max(0.02, ...why.lines.flatMap(l => l.evidence.map(Math.abs)));
+  for (const row of lines) {
+    if (row.ekg) continue;
+    const near = why.lines.filter(l => [row.plus, row.minus].some(i => i >= 0 && l.electrodes.includes(about.channels[i])));
+    if (!near.length) continue;
+    near[0].evidence.forEach((_, i) => {
+      const v = near.reduce((s, l) => s + l.evidence[i], 0) / near.length / strongest, x = pxOf(why.start + i * why.step), wide = pxOf(why.start + (i + 1) * why.step) - x;
+      if (Math.abs(v) < 0.1) return;
+      g.globalAlpha = 0.12 + 0.38 * Math.abs(v);
+      if (v > 0) { g.fillStyle = colourOf(classOf(why.label)); g.fillRect(x, yOf(row) - unit / 2, wide, unit); } else hatch(g, x, yOf(row) - unit / 2, wide, unit);
+      g.globalAlpha = 1;
+    });
+  }
+}
+
 function drawPage() {
-  const canvas = $("page"), { g, w, h } = pen(canvas), about = view.about, left = 62, right = w - 10, top = 12, bottom = h - 26, width = right - left;
+  const canvas = $("page"), { g, w, h } = pen(canvas), about = view.about, left = 62, right = w - 10, top = 12, bottom = h - 62, width = right - left;
   const margin = view.seconds === 10 ? MARGIN : 0, t0 = view.at - margin, t1 = view.at + view.seconds + margin, pxOf = t => left + width * (t - t0) / (t1 - t0);
   canvas.place = { left, width, t0, total: t1 - t0 };
   const lines = montageRows(), unit = (bottom - top) / (lines[lines.length - 1].y + 1.6);
@@ -301,6 +317,7 @@ function drawPage() {
   for (const t of [[t0, 0], [about.duration, t1]]) if (t[0] < t[1]) { g.globalAlpha = 0.5; hatch(g, pxOf(t[0]), top, pxOf(t[1]) - pxOf(t[0]), bottom - top); g.globalAlpha = 1; }
   g.save(); g.beginPath(); g.rect(left, top, width, bottom - top); g.clip();
   let complete = true;
+  if (view.why) drawWhy(g, lines, row => top + (row.y + 0.8) * unit, unit, pxOf);
   for (const [k, entry] of wanted) {
     const x0 = pxOf(k * CHUNK), x1 = pxOf((k + 1) * CHUNK);
     if (!entry.data) { complete = false; continue; }
@@ -315,7 +332,7 @@ function drawPage() {
   g.strokeRect(Math.max(from, left), top, Math.min(to, right) - Math.max(from, left), bottom - top); g.setLineDash([]);
   g.fillStyle = ink.soft; g.textAlign = "center";
   const said = niceTicks(view.seconds);
-  for (let t = Math.ceil(t0 / said) * said; t <= t1; t += said) if (t >= 0 && t <= about.duration) { const x = pxOf(t); if (x > left + 12 && x < right - 12) g.fillText(hms(t), x, h - 12); }
+  for (let t = Math.ceil(t0 / said) * said; t <= t1; t += said) if (t >= 0 && t <= about.duration) { const x = pxOf(t); if (x > left + 12 && x < right - 150) g.fillText(hms(t), x, bottom + 13); }
   scaleBar(g, pxOf(t1), bottom, pxPerUv, width / (t1 - t0));
   const mine = [...labels].reverse().find(l => Math.abs(l.at - middle) < CENTRE / 2);
   if (mine) { const c = classOf(mine.label), text = c.label; g.font = '600 12px system-ui, Arial, sans-serif'; const wide = g.measureText(text).width + 26; g.fillStyle = ink.paper; g.fillRect(from + 6, top + 5, wide, 20); g.strokeStyle = colourOf(c); g.strokeRect(from + 6.5, top + 5.5, wide, 20); g.fillStyle = colourOf(c); g.fillRect(from + 12, top + 11, 9, 9); g.fillStyle = ink.ink; g.textAlign = "left"; g.fillText(text, from + 26, top + 16); }
@@ -358,8 +375,7 @@ function trace(g, data, line, x0, x1, y0, gain, limit) {
 }
 
 function scaleBar(g, right, bottom, pxPerUv, pxPerS) {
-  const uv = [20, 50, 100, 200, 500, 1000].find(u => u * pxPerUv >= 18) || 1000, high = uv * pxPerUv, wide = Math.min(pxPerS, 90), x = right - 12, y = bottom - 20;
-  g.fillStyle = ink.paper; g.globalAlpha = 0.85; g.fillRect(x - wide - 48, y - high - 8, wide + 54, high + 24); g.globalAlpha = 1;
+  const uv = [1000, 500, 200, 100, 50, 20, 10].find(u => u * pxPerUv <= 42) || 10, high = uv * pxPerUv, wide = Math.min(pxPerS, 90), x = right - 8, y = bottom + 44;  // below the page, over nothing
   g.strokeStyle = ink.ink; g.lineWidth = 1.6; g.beginPath(); g.moveTo(x - wide, y - high); g.lineTo(x - wide, y); g.lineTo(x, y); g.stroke();
   g.fillStyle = ink.ink; g.textAlign = "right"; g.fillText(`${uv} µV`, x - wide - 5, y - high / 2); g.textAlign = "center";
   g.fillText(wide < pxPerS ? `${(wide / pxPerS).toFixed(1)} s` : "1 s", x - wide / 2, y + 8);
@@ -396,10 +412,10 @@ function setMode(mode) {
   markEvent(); redraw();
 }
 function choose(name, i, n) { view[name] = clamp(i, 0, n - 1); $(name).value = view[name]; redraw(); }
-const toEvent = e => goto((e.start_s + Math.min(e.stop_s, e.start_s + CENTRE)) / 2 - view.seconds / 2);
+const toEvent = e => goto((e.start + Math.min(e.stop, e.start + CENTRE)) / 2 - view.seconds / 2);
 function step(direction) {
-  const middle = view.at + view.seconds / 2, inside = events.find(e => e.start_s <= middle && middle < e.stop_s);
-  const next = direction > 0 ? events.find(e => e.start_s > middle + 0.01 && e !== inside) : [...events].reverse().find(e => e.start_s < middle - CENTRE / 2 - 0.01 && e !== inside);
+  const middle = view.at + view.seconds / 2, inside = events.find(e => e.start <= middle && middle < e.stop);
+  const next = direction > 0 ? events.find(e => e.start > middle + 0.01 && e !== inside) : [...events].reverse().find(e => e.start < middle - CENTRE / 2 - 0.01 && e !== inside);
   if (!next) return toast(events.length ? (direction > 0 ? "no later event" : "no earlier event") : "no events above the threshold");
   setMode("page"); toEvent(next);
 }
@@ -414,8 +430,14 @@ function label(k) {
   sendLabels();
 }
 function undo() { if (!labels.length) return toast("there is no label to take back"); labels = labels.slice(0, -1); sendLabels(); }
-async function explain() {
-  try { await ask(`explain?at=${view.at + view.seconds / 2}`); } catch (e) { toast(e.message); }
+async function explain() {  // once more: off; elsewhere: anew
+  if (view.mode !== "page") return toast("an explanation belongs to a page: press Enter");
+  const at = view.at + view.seconds / 2;
+  if (view.why && Math.abs(view.why.at - at) < 0.5) { view.why = null; return redraw(); }
+  toast("hiding one part after the other");
+  try { view.why = { at, ...(await (await ask(`explain?at=${at}`)).json()) }; toast(`shaded: speaks for ${classOf(view.why.label).label}; hatched: speaks against`); }
+  catch (e) { view.why = null; toast(e.message); }
+  redraw();
 }
 function dark(on) {
   document.documentElement.dataset.theme = on ? "dark" : "light";
@@ -439,7 +461,8 @@ function onKey(e) {
   if (!view.about || e.altKey || e.metaKey) return;
   if (e.ctrlKey) { if (e.key === "z") { e.preventDefault(); undo(); } return; }
   if ($("keys").open && e.key !== "?") return;
-  if (["SELECT", "BUTTON", "INPUT"].includes(e.target.tagName) && ["ArrowLeft", "ArrowRight", "Enter", "Home", "End", "PageUp", "PageDown"].includes(e.key)) return;
+  const own = { BUTTON: ["Enter"], SELECT: ["Enter", "ArrowLeft", "ArrowRight", "Home", "End", "PageUp", "PageDown"], INPUT: ["ArrowLeft", "ArrowRight", "Home", "End", "PageUp", "PageDown"] };
+  if ((own[e.target.tagName] || []).includes(e.key)) return;
   const act = ACTIONS[e.key];
   if (act) { e.preventDefault(); act(e); }
 }
@@ -458,6 +481,7 @@ function wire() {
   let timer = 0;
   const slide = () => { view.threshold = Number($("threshold").value); $("threshold-value").textContent = view.threshold.toFixed(2); clearTimeout(timer); timer = setTimeout(() => findEvents().catch(e => toast(e.message)), 60); redraw(); };
   $("threshold").addEventListener("input", slide);
+  $("threshold").addEventListener("pointerup", () => $("threshold").blur());
   $("threshold").value = view.threshold; $("threshold-value").textContent = view.threshold.toFixed(2);
   const whole = view.about.duration;
   $("lanes").addEventListener("mousemove", e => { view.hover = timeAt($("lanes"), e, whole); redraw(); });
