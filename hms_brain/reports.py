@@ -58,7 +58,7 @@ def write_szcore(
 ):
     "Seizures in the layout of SzCORE."
     import pandas as pd
-    rows = [(round(e.start, 2), round(e.duration, 2), "sz", round(e.confidence, 4)) for e in events if e.kind == "seizure"] or [(0.0, scan.duration, "bckg", "n/a")]
+    rows: list[tuple] = [(round(e.start, 2), round(e.duration, 2), "sz", round(e.confidence, 4)) for e in events if e.kind == "seizure"] or [(0.0, scan.duration, "bckg", "n/a")]
     table = pd.DataFrame(rows, columns=["onset", "duration", "eventType", "confidence"])
     write_table(path, table.assign(channels="n/a", dateTime="n/a", recordingDuration=scan.duration))
 
@@ -133,9 +133,9 @@ def write_scan_pdf(
     page.text(0.08, 0.95, f"A recording of {clock(scan.duration)}", fontsize=15)
     page.text(0.08, 0.925, NOTICE + (" The model was trained on simulated EEG only." if scan.about["bundle"]["simulated"] else ""), fontsize=9, weight="bold")
     axes, below = page.add_axes((0.08, 0.68, 0.86, 0.2)), np.zeros(len(shares))
-    looks = [(CLASS_LABELS[c], dict(color=CLASS_COLORS[c])) for c in CLASSES] + [("poor signal", dict(color="#9a9a9a")), ("no data", dict(facecolor="white", hatch="////", edgecolor="#777777", linewidth=0))]
+    looks: list[tuple[str, dict]] = [(CLASS_LABELS[c], dict(color=CLASS_COLORS[c])) for c in CLASSES] + [("poor signal", dict(color="#9a9a9a")), ("no data", dict(facecolor="white", hatch="////", edgecolor="#777777", linewidth=0))]
     for (label, look), y in zip(looks, shares.T):
-        axes.bar(edges[:-1] / 3600, y, np.diff(edges) / 3600, bottom=below, align="edge", label=label, **look)
+        axes.stairs(below + y, edges / 3600, baseline=below, fill=True, label=label, **look)
         below = below + y
     axes.set(xlim=(0, scan.duration / 3600), ylim=(0, 1), xlabel="hours", ylabel="share of votes")
     axes.legend(ncols=8, fontsize=6.5, loc="lower left", bbox_to_anchor=(0, 1.0), frameon=False, handlelength=1)

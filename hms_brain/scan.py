@@ -144,7 +144,7 @@ def answer_block(
     import pandas as pd
     stretch = Stretch(predictor.preprocess, piece.signal, piece.begin, (int(firsts[0]), int(firsts[-1])))
     stretch.columns(int(firsts[0]) + N_WINDOW // 2)
-    tasks = [pool.submit(answer, predictor, stretch, firsts[k:k + BATCH], n_times, piece.lost) for k in range(0, len(firsts), BATCH)]
+    tasks = [pool.submit(answer, predictor, stretch, firsts[k:k + BATCH].tolist(), n_times, piece.lost) for k in range(0, len(firsts), BATCH)]
     rows = []
     try:
         for task in tasks:
@@ -276,4 +276,5 @@ def finish(
     with atomic_path(out / TABLE) as tmp: table.to_parquet(tmp, index=False)
     write_json(out / LEDGER, ledger | {"state": "done"})
     shutil.rmtree(out / BLOCKS)
+    for rest in out.glob(".*.tmp*"): rest.unlink(missing_ok=True)  # of a process that was killed while it wrote
     return Scan.load(out)
