@@ -20,7 +20,7 @@ from .core import CENTRE_S, CHANNELS, CONTEXT_S, FS, REGIONS, WINDOW_S, InputErr
 from .quality import GAP_S, MAX_DEAD, Flag, Quality, Screen, check_window
 from .records import Recording, resample
 from .signal import bandpass, clip, fill_gaps, find_runs, notch
-from .spectrogram import FREQS, SPEC_STEP, regional_image, regional_spectrogram
+from .spectrogram import FREQS, SPEC_STEP, SharedPanels, draw, even_columns, regional_image, regional_spectrogram, to_rows
 
 # %% ../nbs/15_preprocess.ipynb #402c0732
 N_WINDOW = int(WINDOW_S * FS)  # samples of a window
@@ -157,8 +157,9 @@ class Stretch:
         raw: np.ndarray,  # (19, n) microvolts, NaN where samples are missing
         begin: int,  # sample of the recording where `raw` begins
         firsts: tuple[int, int],  # samples of the recording where the first and the last window begin
+        dense: bool = False,  # many windows, a few seconds apart: the columns of their images are shared and interpolated
     ):
-        self.settings, self.raw, self.begin, self.end = settings, raw, begin, begin + raw.shape[1]
+        self.settings, self.raw, self.begin, self.end, self.dense = settings, raw, begin, begin + raw.shape[1], dense
         self.filled, missing = fill_gaps(raw)
         self.gone = long_gaps(missing)
         margin, half = int(MARGIN_S * FS), int(CONTEXT_S * FS / 2)
@@ -213,8 +214,21 @@ class Stretch:
         cut, (slow, wide) = first - self.begin, self.bands(mains)
         absent = placed(self.gone, cut, True)
         eeg = np.where(absent, np.float32(0), placed(slow, cut - self.near.start))
-        if context is None: context = self.context(first + N_WINDOW // 2, mains)
-        return eeg, regional_image(placed(wide, cut, np.nan), *context), absent.sum(0) <= MAX_DEAD
+        if self.dense and context is None and not absent.any(): image = self.shared_image(first, mains)
+        else: image = regional_image(placed(wide, cut, np.nan), *(context or self.context(first + N_WINDOW // 2, mains)))
+        return eeg, image, absent.sum(0) <= MAX_DEAD
+
+    def shared_image(self, first: int, mains: float | None) -> np.ndarray:  # (3, 224, 224)
+        "The image of a window without gaps, from what its neighbours need as well."
+        middle, step, half, wide = first + N_WINDOW // 2, int(SPEC_STEP * FS), int(CONTEXT_S * FS / 2), self.bands(mains)[1]
+        start, power = self.columns(middle, mains)
+        with self.lock:
+            if (key := (id(wide), "fine")) not in self.made: self.made[key] = SharedPanels(wide[:, self.near])
+            if (same := (id(power), "rows")) not in self.made: self.made[same] = to_rows(power, FREQS)
+            fine, (rows, there) = self.made[key], self.made[same]
+        a, b = max(0, (middle - half - start) // step), (min(middle + half, self.end) - start) // step
+        columns = even_columns((start + step * a + step // 2 - middle) / FS, b - a)
+        return np.concatenate([draw(rows[..., a:b], there[:, a:b], columns)[None], fine(first - self.begin - self.near.start)])
 
 # %% ../nbs/15_preprocess.ipynb #841bf614
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from hms_brain.elsewhere import store_elsewhere
 from hms_brain.events import Event, active_windows, burden, class_runs, find_events, score_events, status
 from hms_brain.exports import write_edf
 from hms_brain.predict import Predictor, predict_file
+from hms_brain.preprocess import Stretch
 from hms_brain.quality import Screen, check_window
 from hms_brain.records import read_recording
 from hms_brain.reports import write_scan
@@ -66,6 +67,19 @@ def test_a_scan_is_single_answers(tmp_path, eeg, predictor, fs):
     assert scan.table["at"].tolist() == list(range(25, 396, 10)) and len(plan_scan(420, 10, 130).blocks) == 3
     assert "mains" in " ".join(scan.table.quality) and "flat" in " ".join(scan.table.quality)
     compare(file, scan.table, [0, 12, 13, 14, 25, 26, 27, 31, 37], predictor)
+
+
+@pytest.mark.parametrize(("seed", "pattern"), [(0, "gpd"), (1, "seizure"), (2, "lrda"), (3, "other")])
+def test_shared_columns_change_less_than_a_hundredth(tmp_path, predictor, seed, pattern):
+    "Steps of 2 s interpolate the fine panels; a gap in the middle keeps its own."
+    r = simulate_recording(seed, pattern, 200)
+    r.signal[:, 18_000:18_800] = np.nan
+    stretch = {dense: Stretch(predictor.preprocess, r.eeg, 0, (0, 30_000), dense) for dense in (False, True)}
+    firsts = range(0, 30_001, 2000)
+    alone, shared = ([predictor.preprocess.cut(stretch[dense], first, 40_000) for first in firsts] for dense in (False, True))
+    same = [np.array_equal(a.image, b.image) for a, b in zip(alone, shared)]
+    assert any(same) and not all(same) and all(np.array_equal(a.eeg, b.eeg) and np.array_equal(a.image < 0, b.image < 0) for a, b in zip(alone, shared))
+    assert np.abs(predictor.probabilities(alone) - predictor.probabilities(shared)).max() <= 0.01
 
 
 def test_gaps_are_rows(tmp_path, eeg, predictor):
