@@ -193,7 +193,7 @@ def variants_of_run(
     calibrate: int = 96,  # windows
 ) -> tuple[dict, dict[str, bytes]]:  # as of `measure_variants`
     "The variants of a training. Raises `InputError` when the cache is another one, or too small."
-    from hms_brain.batches import describe_data
+    from hms_brain.batches import describe_data, votes_of
     split, cache = run.recipe.split(cache), cache.only(bundle.inputs)
     if describe_data(cache, split)["rows_sha256"] != run.info["rows_sha256"]: raise InputError("is not the cache of this training", str(getattr(cache, "folder", "cache")), "name the one that it was trained on")
     mixed, held = rng_for(0, "variants").permutation(split.train[~split.abstain[split.train]]), split.valid[~split.abstain[split.valid]][:windows]
@@ -204,7 +204,7 @@ def variants_of_run(
         for k in range(0, len(rows), BATCH):
             eeg, image, _ = cache.batch(rows[k:k + BATCH])
             yield {name: x for name, x in (("eeg", eeg), ("image", image)) if name in bundle.inputs}
-    return measure_variants(bundle, list(batches(np.sort(mixed[:calibrate]))), lambda: batches(rows), cache.votes[held].astype(np.float64))
+    return measure_variants(bundle, list(batches(np.sort(mixed[:calibrate]))), lambda: batches(rows), np.asarray(votes_of(cache, held), np.float64))
 
 def keep_variants(
     bundle: Bundle,
