@@ -6,12 +6,15 @@ Docs: https://hms-brain.github.io/hms_brain/variants.html.md"""
 
 # %% auto #0
 __all__ = ['Batch', 'LIMITS', 'to_int8', 'to_fp16', 'OpenVino', 'with_openvino', 'to_tensorrt', 'tensorrt_options',
-           'trtexec_command', 'speed', 'answers', 'choose', 'measure_variants', 'variants_of_run', 'keep_variants']
+           'trtexec_command', 'speed', 'survives', 'answers', 'choose', 'measure_variants', 'variants_of_run',
+           'keep_variants']
 
 # %% ../nbs/70_variants.ipynb #18369ae0
 import json
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -148,6 +151,16 @@ def speed(
         return min(times[1:])
     return {"latency_ms": round(1000 * best(1), 2), "per_second": round(BATCH / best(BATCH), 1)}
 
+def survives(
+    model: bytes,  # of a variant
+) -> bool:
+    "Whether ONNX Runtime opens a model, tried in a child process: a converted graph has been seen to crash it."
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "model.onnx"
+        file.write_bytes(model)
+        code = "import sys, onnxruntime; onnxruntime.InferenceSession(sys.argv[1], providers=['CPUExecutionProvider'])"
+        return subprocess.run([sys.executable, "-c", code, str(file)], capture_output=True).returncode == 0
+
 def answers(session, batches: Iterator[Batch]) -> np.ndarray:  # (n, 6)
     "Six probabilities of every window."
     return np.concatenate([softmax(session.run(["logits"], feed)[0]) for feed in batches])
@@ -165,13 +178,16 @@ def measure_variants(
     calibration: Sequence[Batch],  # windows of training patients
     test: Callable[[], Iterator[Batch]],  # windows that were neither trained nor calibrated on, in batches
     votes: np.ndarray,  # (n, 6) of the first windows of `test`
-) -> tuple[dict, dict[str, bytes]]:  # rows, default, windows, limits, tensorrt; the files
+) -> tuple[dict, dict[str, bytes]]:  # rows, default, windows, limits, left_out, tensorrt; the files
     "Build and measure every variant. Needs the package onnx; OpenVINO where it is installed."
     from importlib.util import find_spec
     files = {"model.int8.onnx": to_int8(bundle.onnx, calibration), "model.fp16.onnx": to_fp16(bundle.onnx), "model.trt.onnx": to_tensorrt(bundle.onnx)}
     built: list[tuple[str, str, bytes, Callable]] = [(name, "onnxruntime", model, lambda m: open_session(m, 1, "variant")) for name, model in (("fp32", bundle.onnx), ("int8", files["model.int8.onnx"]), ("fp16", files["model.fp16.onnx"]))]
+    left_out = {name: "ONNX Runtime does not open it" for name, _, model, _ in built[1:] if not survives(model)}
+    built = [b for b in built if b[0] not in left_out]
+    for name in left_out: del files[f"model.{name}.onnx"]
     if find_spec("openvino"):
-        built += [(name, "openvino", model, OpenVino) for name, _, model, _ in built[:2]]
+        built += [(name, "openvino", model, OpenVino) for name, _, model, _ in built if name != "fp16"]
         if "BF16" in OpenVino(bundle.onnx).capabilities: built.append(("bf16", "openvino", bundle.onnx, lambda m: OpenVino(m, 1, "bf16")))
     rows, base, share = list[dict](), np.empty(0), votes / votes.sum(1, keepdims=True)
     for name, runtime, model, opened in built:
@@ -182,7 +198,7 @@ def measure_variants(
         rows.append({"variant": name, "runtime": runtime, **speed(session, next(test())), "megabytes": round(len(model) / 1e6, 2), "kl": round(worse, 5), "kl_worse": round(worse - kl, 5),
                      "mean_change": round(float(np.abs(p - base).mean()), 6), "same_class": round(float((p.argmax(1) == base.argmax(1)).mean()), 5)})
     said = {"checked": "valid, one file, standard operators only, answers as model.onnx in ONNX Runtime", "not_checked": "that TensorRT builds an engine, and its speed: no GPU here", "command": trtexec_command(bundle.inputs)}
-    return {"rows": rows, "default": choose(rows), "windows": len(base), "windows_with_votes": len(votes), "limits": LIMITS, "tensorrt": said}, files
+    return {"rows": rows, "default": choose(rows), "windows": len(base), "windows_with_votes": len(votes), "limits": LIMITS, "left_out": left_out, "tensorrt": said}, files
 
 # %% ../nbs/70_variants.ipynb #28c5e9e4
 def variants_of_run(

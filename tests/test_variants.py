@@ -26,7 +26,8 @@ def test_variants_of_a_training(run, bundle, tmp_path):
     found, files = variants_of_run(run, bundle, SineCache(), windows=12, calibrate=8)
     rows = {(r["variant"], r["runtime"]): r for r in found["rows"]}
     assert found["windows"] == 12 and 0 < found["windows_with_votes"] <= 12
-    assert rows["fp32", "onnxruntime"]["mean_change"] == 0 and rows["fp16", "onnxruntime"]["mean_change"] < 0.01
+    assert rows["fp32", "onnxruntime"]["mean_change"] == 0
+    assert ("fp16" in found["left_out"]) != (("fp16", "onnxruntime") in rows and rows["fp16", "onnxruntime"]["mean_change"] < 0.01)
     assert all(r["latency_ms"] > 0 and r["per_second"] > 0 and r["megabytes"] > 0 and np.isfinite(r["kl"]) for r in rows.values())
     assert {n.op_type for n in onnx.load_from_string(files["model.int8.onnx"]).graph.node} >= {"QuantizeLinear", "DequantizeLinear"}
     kept = keep_variants(bundle, found, files, tmp_path / "v")
