@@ -57,6 +57,7 @@ def timed(function: Callable[[], object]) -> tuple[float, float]:  # wall, proce
     function()
     return time.perf_counter() - wall, time.process_time() - cpu
 
+# %% ../nbs/88_bench_scan.ipynb #6808e72d
 def sparcnet_hour(
     file: Path,  # an EDF
     threads: int,
@@ -91,6 +92,7 @@ def compact_bundle() -> Bundle:
     about = whole.about | {"name": "compact, untrained", "inputs": ["eeg"], "models": ["resnet1d_gru"]}
     return dataclasses.replace(whole, about=about, onnx=to_onnx(create_model("resnet1d_gru", norm="robust").eval()), uncertainty=None, drift=None, _sessions={})
 
+# %% ../nbs/88_bench_scan.ipynb #8cf33c56
 def window_hour(
     predictor: Predictor,
     recording,  # Recording
@@ -107,6 +109,7 @@ def scan_row(name: str, what: str, ours: tuple[float, float], peer_name: str, pe
     return {"name": name, "what": what, "seconds": round(ours[0], 2), "cpu_seconds": round(ours[1], 2), "peer": peer_name, "peer_seconds": round(peer[0], 2), "peer_cpu_seconds": round(peer[1], 2),
             "times_faster": round(peer[0] / ours[0], 2), "cpu_ratio": round(peer[1] / max(ours[1], 1e-9), 2)}
 
+# %% ../nbs/88_bench_scan.ipynb #02f4ce20
 def measure_scan(
     minutes: float = 15.0,  # length of the simulated recording
     step: float = 2.0,  # s
@@ -144,6 +147,7 @@ def long_edf(
         for _ in range(math.ceil(seconds / 600)): f.write(data[head:])
         f.truncate(head + seconds * len(CHANNELS) * int(FS) * 2)
 
+# %% ../nbs/88_bench_scan.ipynb #0060a3c4
 def measure_memory(
     hours: Sequence[float] = (1.0,),  # lengths of the recordings
     step: float = 2.0,  # s
@@ -188,6 +192,7 @@ def plain_rows(
     each = [{"name": r.get("name") or r["what"], "ours": r["megabytes"] if "megabytes" in r else r["seconds"], "peer": r.get("peer_seconds") or None, "unit": "MB" if "megabytes" in r else "s", "ratio": r.get("times_faster") or None} for r in rows if r.get("seconds")]
     return {"machine": next((r["what"].removeprefix("machine: ") for r in rows if str(r.get("what", "")).startswith("machine")), machine_row()["what"]), "version": versions().get("hms_brain", ""), "measured": now(), "rows": each}
 
+# %% ../nbs/88_bench_scan.ipynb #54c8cdf4
 def keep_rows(
     topic: str,  # a key of `TOPICS`
     rows: list[dict],

@@ -353,9 +353,7 @@ def card_text(card: dict, name: str) -> str:  # Markdown
             ("ONNX against torch", "largest difference of a probability " + ", ".join(f"{v:.1e} (batch {k})" for k, v in card["parity"].items()))]
     if d.get("made_by"): rows.insert(2, ("Training data", f"`{d['made_by']}`"))
     rows += [("Part", f"{p['model']}, KL held out {p['val_kl']:.4f}, {p['seconds']} s, `{p['command']}`") for p in card["parts"]]
-    if found := card.get("variants"):
-        rows.append(("Variant in use", f"{found['default']}: the fastest of the base runtime that answers alike on {found['windows']} windows"))
-        rows += [(f"{v['variant']}, {v['runtime']}", f"{v['latency_ms']} ms a window, {v['per_second']} windows/s, {v['megabytes']} MB, KL {v['kl']:.4f}, mean change {v['mean_change']:.1e}, same class {v['same_class']:.1%}") for v in found["rows"]]
+    if found := card.get("variants"): rows += [("Variant in use", f"{found['default']}: the fastest of the base runtime that answers alike on {found['windows']} windows")] + [(f"{v['variant']}, {v['runtime']}", f"{v['latency_ms']} ms a window, {v['per_second']} windows/s, {v['megabytes']} MB, KL {v['kl']:.4f}, mean change {v['mean_change']:.1e}, same class {v['same_class']:.1%}") for v in found["rows"]]
     if card["simulated"]: rows.append(("Looks at recorded EEG", f"{len(card['looks'])}; listed in card.json"))
     if balance := card["recipe"].get("balance"): rows.append(("Classes", f"balanced ({balance:g}): the answers and the KL are those of a world where the six are about equally common"))
     table = "\n".join(f"| {k} | {v} |" for k, v in rows)

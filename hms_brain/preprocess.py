@@ -6,7 +6,7 @@ Docs: https://hms-brain.github.io/hms_brain/preprocess.html.md"""
 
 # %% auto #0
 __all__ = ['N_WINDOW', 'MARGIN_S', 'MIN_S', 'DEAD_UV', 'VERSION', 'ModelInput', 'long_gaps', 'placed', 'window_start',
-           'window_centres', 'given_context', 'carried', 'noticed', 'Settings', 'Stretch', 'Preprocess']
+           'window_centres', 'given_context', 'carried', 'noticed', 'Settings', 'Stretch', 'shared_image', 'Preprocess']
 
 # %% ../nbs/15_preprocess.ipynb #a0123dd7
 from collections.abc import Sequence
@@ -214,21 +214,26 @@ class Stretch:
         cut, (slow, wide) = first - self.begin, self.bands(mains)
         absent = placed(self.gone, cut, True)
         eeg = np.where(absent, np.float32(0), placed(slow, cut - self.near.start))
-        if self.dense and context is None and not absent.any(): image = self.shared_image(first, mains)
+        if self.dense and context is None and not absent.any(): image = shared_image(self, first, mains)
         else: image = regional_image(placed(wide, cut, np.nan), *(context or self.context(first + N_WINDOW // 2, mains)))
         return eeg, image, absent.sum(0) <= MAX_DEAD
 
-    def shared_image(self, first: int, mains: float | None) -> np.ndarray:  # (3, 224, 224)
-        "The image of a window without gaps, from what its neighbours need as well."
-        middle, step, half, wide = first + N_WINDOW // 2, int(SPEC_STEP * FS), int(CONTEXT_S * FS / 2), self.bands(mains)[1]
-        start, power = self.columns(middle, mains)
-        with self.lock:
-            if (key := (id(wide), "fine")) not in self.made: self.made[key] = SharedPanels(wide[:, self.near])
-            if (same := (id(power), "rows")) not in self.made: self.made[same] = to_rows(power, FREQS)
-            fine, (rows, there) = self.made[key], self.made[same]
-        a, b = max(0, (middle - half - start) // step), (min(middle + half, self.end) - start) // step
-        columns = even_columns((start + step * a + step // 2 - middle) / FS, b - a)
-        return np.concatenate([draw(rows[..., a:b], there[:, a:b], columns)[None], fine(first - self.begin - self.near.start)])
+# %% ../nbs/15_preprocess.ipynb #35634d41
+def shared_image(
+    stretch: Stretch,  # dense
+    first: int,  # sample of the recording where the window begins
+    mains: float | None,  # Hz to notch
+) -> np.ndarray:  # (3, 224, 224)
+    "The image of a window without gaps, from what its neighbours need as well."
+    middle, step, half, wide = first + N_WINDOW // 2, int(SPEC_STEP * FS), int(CONTEXT_S * FS / 2), stretch.bands(mains)[1]
+    start, power = stretch.columns(middle, mains)
+    with stretch.lock:
+        if (key := (id(wide), "fine")) not in stretch.made: stretch.made[key] = SharedPanels(wide[:, stretch.near])
+        if (same := (id(power), "rows")) not in stretch.made: stretch.made[same] = to_rows(power, FREQS)
+        fine, (rows, there) = stretch.made[key], stretch.made[same]
+    a, b = max(0, (middle - half - start) // step), (min(middle + half, stretch.end) - start) // step
+    columns = even_columns((start + step * a + step // 2 - middle) / FS, b - a)
+    return np.concatenate([draw(rows[..., a:b], there[:, a:b], columns)[None], fine(first - stretch.begin - stretch.near.start)])
 
 # %% ../nbs/15_preprocess.ipynb #841bf614
 @dataclass(frozen=True)

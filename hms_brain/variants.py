@@ -88,6 +88,7 @@ class OpenVino:
         found = self.network(feed)
         return [np.array(found[name]) for name in names]
 
+# %% ../nbs/70_variants.ipynb #70bfa1f6
 def with_openvino(
     bundle: Bundle,
     threads: int = 1,
@@ -115,6 +116,7 @@ def to_tensorrt(
     if foreign := sorted({n.op_type for n in graph.graph.node if n.domain not in ("", "ai.onnx")}): raise InputError(f"holds {', '.join(foreign)}", "model.trt.onnx", "export the model with standard operators")
     return folded
 
+# %% ../nbs/70_variants.ipynb #bc151a0b
 def tensorrt_options(
     inputs: Sequence[str],  # of the model
     cache: str | os.PathLike,  # folder for the engines
@@ -125,6 +127,7 @@ def tensorrt_options(
     profile = dict(zip(("trt_profile_min_shapes", "trt_profile_opt_shapes", "trt_profile_max_shapes"), shapes))
     return [("TensorrtExecutionProvider", {"trt_fp16_enable": True, "trt_engine_cache_enable": True, "trt_engine_cache_path": str(cache), **profile}), "CUDAExecutionProvider", "CPUExecutionProvider"]
 
+# %% ../nbs/70_variants.ipynb #e90fc6d5
 def trtexec_command(
     inputs: Sequence[str],  # of the model
     file: str = "model.trt.onnx",
@@ -151,6 +154,7 @@ def speed(
         return min(times[1:])
     return {"latency_ms": round(1000 * best(1), 2), "per_second": round(BATCH / best(BATCH), 1)}
 
+# %% ../nbs/70_variants.ipynb #c41a87f7
 def survives(
     model: bytes,  # of a variant
 ) -> bool:
@@ -161,10 +165,12 @@ def survives(
         code = "import sys, onnxruntime; onnxruntime.InferenceSession(sys.argv[1], providers=['CPUExecutionProvider'])"
         return subprocess.run([sys.executable, "-c", code, str(file)], capture_output=True).returncode == 0
 
+# %% ../nbs/70_variants.ipynb #b6064e35
 def answers(session, batches: Iterator[Batch]) -> np.ndarray:  # (n, 6)
     "Six probabilities of every window."
     return np.concatenate([softmax(session.run(["logits"], feed)[0]) for feed in batches])
 
+# %% ../nbs/70_variants.ipynb #f315baaa
 def choose(
     rows: list[dict],  # of the table
 ) -> str:  # name of a row
@@ -222,6 +228,7 @@ def variants_of_run(
             yield {name: x for name, x in (("eeg", eeg), ("image", image)) if name in bundle.inputs}
     return measure_variants(bundle, list(batches(np.sort(mixed[:calibrate]))), lambda: batches(rows), np.asarray(votes_of(cache, held), np.float64))
 
+# %% ../nbs/70_variants.ipynb #2f909c94
 def keep_variants(
     bundle: Bundle,
     found: dict,  # of `variants_of_run`
