@@ -162,12 +162,10 @@ class Stretch:
         self.settings, self.raw, self.begin, self.end, self.dense = settings, raw, begin, begin + raw.shape[1], dense
         self.filled, missing = fill_gaps(raw)
         self.gone = long_gaps(missing)
-        margin, half = int(MARGIN_S * FS), int(CONTEXT_S * FS / 2)
+        self.made, self.lock, margin, half = dict[tuple | float | None, Any](), Lock(), int(MARGIN_S * FS), int(CONTEXT_S * FS / 2)
         self.near = slice(max(0, firsts[0] - begin - margin), firsts[1] - begin + N_WINDOW + margin)
         self.reach = max(begin, firsts[0] + N_WINDOW // 2 - half), min(self.end, firsts[1] + N_WINDOW // 2 + half)
         self.screen = Screen(raw[:, -begin % int(FS):]) if firsts[1] > firsts[0] else None  # for many windows
-        self.made: dict = {}
-        self.lock = Lock()
 
     def judge(self, first: int) -> Quality:  # sample of the recording where a window begins
         "What is wrong with a window. A closer look is taken unless the screen has cleared it."
@@ -214,8 +212,7 @@ class Stretch:
         cut, (slow, wide) = first - self.begin, self.bands(mains)
         absent = placed(self.gone, cut, True)
         eeg = np.where(absent, np.float32(0), placed(slow, cut - self.near.start))
-        if self.dense and context is None and not absent.any(): image = shared_image(self, first, mains)
-        else: image = regional_image(placed(wide, cut, np.nan), *(context or self.context(first + N_WINDOW // 2, mains)))
+        image = shared_image(self, first, mains) if self.dense and context is None and not absent.any() else regional_image(placed(wide, cut, np.nan), *(context or self.context(first + N_WINDOW // 2, mains)))
         return eeg, image, absent.sum(0) <= MAX_DEAD
 
 # %% ../nbs/15_preprocess.ipynb #35634d41
