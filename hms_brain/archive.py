@@ -106,8 +106,8 @@ def scan_archive(
     "Scan all recordings of an archive. Raises `InputError` for an empty one, or a folder that was made with another model or step."
     from tqdm.auto import tqdm
     out, chosen, found = Path(out).absolute(), str(Path(bundle or default_bundle()).absolute()), list_recordings(source)
-    terms = {"bundle": predictor_of(chosen).bundle.identity(), "step": step, "format": 1}
-    ledger = read_json(out / ARCHIVE) if (out / ARCHIVE).is_file() else terms | {"recordings": {}, "notice": NOTICE}
+    terms: dict = {"bundle": predictor_of(chosen).bundle.identity(), "step": step, "format": 1}
+    ledger: dict = read_json(out / ARCHIVE) if (out / ARCHIVE).is_file() else terms | {"recordings": {}, "notice": NOTICE}
     for key, value in terms.items():
         if ledger.get(key) != value: raise InputError(f"holds scans with another {key}", str(out), "choose another folder")
     entries = ledger["recordings"]

@@ -324,8 +324,7 @@ def describe_parts(
 ) -> list[dict]:  # model, command, recipe, weights_sha256, val_kl, seconds; empty for a model that is trained at once
     "The trainings that a model's parts come from. Raises `InputError` where one of them is gone."
     from hms_brain.train import Run
-    weights = settings.get("weights")  # of a fusion: part -> folder of its training; of other models a word
-    runs = [Run.load(folder) for folder in (weights.values() if isinstance(weights, dict) else ()) if Path(folder).is_dir()]
+    runs = [Run.load(folder) for folder in (w.values() if isinstance(w := settings.get("weights"), dict) else ()) if Path(folder).is_dir()]  # of other models `weights` is a word
     return [{"model": r.recipe.model, "command": r.info.get("command", ""), "recipe": r.info["recipe"], "seconds": r.info.get("seconds"),
              "weights_sha256": r.metrics["weights_sha256"], "val_kl": r.metrics["val_kl"]} for r in runs]
 
@@ -354,6 +353,7 @@ def card_text(card: dict, name: str) -> str:  # Markdown
             ("ONNX against torch", "largest difference of a probability " + ", ".join(f"{v:.1e} (batch {k})" for k, v in card["parity"].items()))]
     if d.get("made_by"): rows.insert(2, ("Training data", f"`{d['made_by']}`"))
     rows += [("Part", f"{p['model']}, KL held out {p['val_kl']:.4f}, {p['seconds']} s, `{p['command']}`") for p in card["parts"]]
+    if found := card.get("variants"): rows += [("Variant in use", f"{found['default']}: the fastest of the base runtime that answers alike on {found['windows']} windows")] + [(f"{v['variant']}, {v['runtime']}", f"{v['latency_ms']} ms a window, {v['per_second']} windows/s, {v['megabytes']} MB, KL {v['kl']:.4f}, mean change {v['mean_change']:.1e}, same class {v['same_class']:.1%}") for v in found["rows"]]
     if card["simulated"]: rows.append(("Looks at recorded EEG", f"{len(card['looks'])}; listed in card.json"))
     if balance := card["recipe"].get("balance"): rows.append(("Classes", f"balanced ({balance:g}): the answers and the KL are those of a world where the six are about equally common"))
     table = "\n".join(f"| {k} | {v} |" for k, v in rows)

@@ -88,7 +88,7 @@ def scan(
 ):
     "Classify whole recordings: six probabilities every step, events, burden per hour, reports."
     from hms_brain.archive import is_archive
-    reading = {"channel_map": parse_channels(channel), "unit": unit}
+    reading: dict = {"channel_map": parse_channels(channel), "unit": unit}
     if is_archive(source):
         if reference: raise InputError("belongs to one recording", "--reference", "scan the recordings one by one")
         return print_archive(out, as_json, source=source, bundle=bundle, step=step, cluster=cluster, annotated=annotated, **reading)

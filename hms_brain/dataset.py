@@ -170,7 +170,7 @@ def plan_rows(
     "Which windows a cache will hold, and in which fold. Raises `InputError`."
     if isinstance(rows, str) and rows not in ("runs", "all"): raise InputError(f"rows={rows!r} is neither 'runs' nor 'all'", mend="choose one of them")
     train = None if isinstance(rows, pd.DataFrame) else read_train(data)
-    runs = rows.reset_index(drop=True) if train is None else label_runs(train)
+    runs = pd.DataFrame(rows).reset_index(drop=True) if train is None else label_runs(train)
     table = runs if train is None or rows in ("runs", 1) else spread_runs(train, 0 if rows == "all" else int(rows))
     if table.empty: raise InputError("there is no window to prepare", Path(data), "check the table")
     fold = patient_folds(runs, folds, fold_seed)  # by runs, so that they are the same however many rows of a run are kept

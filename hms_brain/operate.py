@@ -105,7 +105,9 @@ def create_secret():
 # %% ../nbs/89_operate.ipynb #27bc5160
 @app.command()
 def bench(
-    topic: Annotated[str, typer.Argument(help="all, simulate, load, scan, serve, or twin: the whole way on a share of a train.csv")] = "all",
+    topic: Annotated[str, typer.Argument(help="all, parts, simulate, load, scan, memory, archive, serve, or twin: the whole way on a share of a train.csv")] = "all",
+    only: Annotated[str | None, typer.Option(help="the same as the argument")] = None,
+    hours: Annotated[list[float] | None, typer.Option(min=0.1, help="memory: length of a recording, as often as needed; default: 1")] = None,
     seconds: Annotated[float, typer.Option(min=1, help="serve: of load per row")] = 10.0,
     like: Annotated[Path | None, typer.Option(help="twin: the train.csv")] = None,
     share: Annotated[float, typer.Option(help="twin: share of its patients")] = 0.01,
@@ -113,13 +115,18 @@ def bench(
     as_json: JsonOption = False,
 ):
     "Speed on this machine, beside peers in the same run; or what the whole way costs."
-    from hms_brain.bench import TOPICS, measure_twin
+    from hms_brain.bench import measure_twin
+    from hms_brain.bench_scan import TOPICS, keep_rows, plain_rows
+    topic = only or topic
     if topic not in (*TOPICS, "twin"): raise InputError(f"unknown topic {topic!r}", "hms bench", f"known: {', '.join(TOPICS)}, twin")
     if topic == "twin" and not like: raise InputError("needs a table", "hms bench twin", "name the competition's train.csv with --like")
     if topic == "twin": return print_twin(measure_twin(str(like), folder, share), as_json)
-    rows = TOPICS[topic](seconds) if topic == "serve" else TOPICS[topic]()
-    if as_json: print_json(rows)
-    else: print_table(rows)
+    rows = TOPICS[topic](seconds) if topic == "serve" else TOPICS[topic](hours or (1.0,)) if topic == "memory" else TOPICS[topic]()
+    if topic == "serve": return print_json(rows) if as_json else print_table(rows)
+    kept = keep_rows(topic, rows)
+    if as_json: print_json(plain_rows(rows))
+    else: print_table([{k: r.get(k, "") for k in dict.fromkeys(k for r in rows for k in r)} for r in rows])
+    say(f"kept      {kept}")
 
 # %% ../nbs/89_operate.ipynb #33200b9d
 def print_twin(found: dict, as_json: bool):

@@ -6,7 +6,7 @@ Docs: https://hms-brain.github.io/hms_brain/preprocess.html.md"""
 
 # %% auto #0
 __all__ = ['N_WINDOW', 'MARGIN_S', 'MIN_S', 'DEAD_UV', 'VERSION', 'ModelInput', 'long_gaps', 'placed', 'window_start',
-           'window_centres', 'given_context', 'carried', 'noticed', 'Settings', 'Stretch', 'Preprocess']
+           'window_centres', 'given_context', 'carried', 'noticed', 'Settings', 'Stretch', 'shared_image', 'Preprocess']
 
 # %% ../nbs/15_preprocess.ipynb #a0123dd7
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from .core import CENTRE_S, CHANNELS, CONTEXT_S, FS, REGIONS, WINDOW_S, InputErr
 from .quality import GAP_S, MAX_DEAD, Flag, Quality, Screen, check_window
 from .records import Recording, resample
 from .signal import bandpass, clip, fill_gaps, find_runs, notch
-from .spectrogram import FREQS, SPEC_STEP, regional_image, regional_spectrogram
+from .spectrogram import FREQS, SPEC_STEP, SharedPanels, draw, even_columns, regional_image, regional_spectrogram, to_rows
 
 # %% ../nbs/15_preprocess.ipynb #402c0732
 N_WINDOW = int(WINDOW_S * FS)  # samples of a window
@@ -157,16 +157,15 @@ class Stretch:
         raw: np.ndarray,  # (19, n) microvolts, NaN where samples are missing
         begin: int,  # sample of the recording where `raw` begins
         firsts: tuple[int, int],  # samples of the recording where the first and the last window begin
+        dense: bool = False,  # many windows, a few seconds apart: the columns of their images are shared and interpolated
     ):
-        self.settings, self.raw, self.begin, self.end = settings, raw, begin, begin + raw.shape[1]
+        self.settings, self.raw, self.begin, self.end, self.dense = settings, raw, begin, begin + raw.shape[1], dense
         self.filled, missing = fill_gaps(raw)
         self.gone = long_gaps(missing)
-        margin, half = int(MARGIN_S * FS), int(CONTEXT_S * FS / 2)
+        self.made, self.lock, margin, half = dict[tuple | float | None, Any](), Lock(), int(MARGIN_S * FS), int(CONTEXT_S * FS / 2)
         self.near = slice(max(0, firsts[0] - begin - margin), firsts[1] - begin + N_WINDOW + margin)
         self.reach = max(begin, firsts[0] + N_WINDOW // 2 - half), min(self.end, firsts[1] + N_WINDOW // 2 + half)
         self.screen = Screen(raw[:, -begin % int(FS):]) if firsts[1] > firsts[0] else None  # for many windows
-        self.made: dict = {}
-        self.lock = Lock()
 
     def judge(self, first: int) -> Quality:  # sample of the recording where a window begins
         "What is wrong with a window. A closer look is taken unless the screen has cleared it."
@@ -213,8 +212,25 @@ class Stretch:
         cut, (slow, wide) = first - self.begin, self.bands(mains)
         absent = placed(self.gone, cut, True)
         eeg = np.where(absent, np.float32(0), placed(slow, cut - self.near.start))
-        if context is None: context = self.context(first + N_WINDOW // 2, mains)
-        return eeg, regional_image(placed(wide, cut, np.nan), *context), absent.sum(0) <= MAX_DEAD
+        image = shared_image(self, first, mains) if self.dense and context is None and not absent.any() else regional_image(placed(wide, cut, np.nan), *(context or self.context(first + N_WINDOW // 2, mains)))
+        return eeg, image, absent.sum(0) <= MAX_DEAD
+
+# %% ../nbs/15_preprocess.ipynb #35634d41
+def shared_image(
+    stretch: Stretch,  # dense
+    first: int,  # sample of the recording where the window begins
+    mains: float | None,  # Hz to notch
+) -> np.ndarray:  # (3, 224, 224)
+    "The image of a window without gaps, from what its neighbours need as well."
+    middle, step, half, wide = first + N_WINDOW // 2, int(SPEC_STEP * FS), int(CONTEXT_S * FS / 2), stretch.bands(mains)[1]
+    start, power = stretch.columns(middle, mains)
+    with stretch.lock:
+        if (key := (id(wide), "fine")) not in stretch.made: stretch.made[key] = SharedPanels(wide[:, stretch.near])
+        if (same := (id(power), "rows")) not in stretch.made: stretch.made[same] = to_rows(power, FREQS)
+        fine, (rows, there) = stretch.made[key], stretch.made[same]
+    a, b = max(0, (middle - half - start) // step), (min(middle + half, stretch.end) - start) // step
+    columns = even_columns((start + step * a + step // 2 - middle) / FS, b - a)
+    return np.concatenate([draw(rows[..., a:b], there[:, a:b], columns)[None], fine(first - stretch.begin - stretch.near.start)])
 
 # %% ../nbs/15_preprocess.ipynb #841bf614
 @dataclass(frozen=True)

@@ -158,7 +158,7 @@ def write_scan_pdf(
     axes, below = page.add_axes((0.08, 0.68, 0.86, 0.2)), np.zeros(len(shares))
     looks: list[tuple[str, dict]] = [(CLASS_LABELS[c], dict(color=CLASS_COLORS[c])) for c in CLASSES] + [("poor signal", dict(color="#9a9a9a")), ("no data", dict(facecolor="white", hatch="////", edgecolor="#777777", linewidth=0))]
     for (label, look), y in zip(looks, shares.T):
-        axes.bar(edges[:-1] / 3600, y, np.diff(edges) / 3600, bottom=below, align="edge", label=label, **look)
+        axes.stairs(below + y, edges / 3600, baseline=below, fill=True, label=label, **look)
         below = below + y
     axes.set(xlim=(0, scan.duration / 3600), ylim=(0, 1), xlabel="hours", ylabel="share of votes")
     axes.legend(ncols=8, fontsize=6.5, loc="lower left", bbox_to_anchor=(0, 1.0), frameon=False, handlelength=1)

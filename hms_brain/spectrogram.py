@@ -6,9 +6,10 @@ Docs: https://hms-brain.github.io/hms_brain/spectrogram.html.md"""
 
 # %% auto #0
 __all__ = ['N_FFT', 'BINS', 'FREQS', 'SPEC_WINDOW', 'SPEC_STEP', 'BAND', 'DB_LIMITS', 'PAIRS', 'SIZE', 'ROWS', 'MISSING',
-           'HALF_BIN', 'ROW_EDGES', 'spectrogram_columns', 'regional_pairs', 'tapers', 'cut_windows', 'transform',
-           'region_power', 'regional_spectrogram', 'to_table', 'regional_table', 'fine_spectrogram', 'overlap',
-           'row_weights', 'to_pixels', 'regional_image']
+           'HALF_BIN', 'ROW_EDGES', 'SHARED', 'spectrogram_columns', 'regional_pairs', 'tapers', 'cut_windows',
+           'transform', 'region_power', 'regional_spectrogram', 'to_table', 'regional_table', 'fine_columns',
+           'fine_spectrogram', 'overlap', 'row_weights', 'to_rows', 'draw', 'to_pixels', 'context_columns',
+           'even_columns', 'regional_image', 'SharedPanels']
 
 # %% ../nbs/12_spectrogram.ipynb #fc7118c5
 from functools import lru_cache
@@ -156,6 +157,21 @@ def regional_table(
     return to_table(*regional_spectrogram(eeg, fs, band, start))
 
 # %% ../nbs/12_spectrogram.ipynb #2683db1d
+def fine_columns(
+    eeg: np.ndarray,  # (19, n_times) microvolts, filtered already, NaN where samples are missing
+    starts: np.ndarray,  # (n_cols,) samples where the columns begin
+    width: int,  # samples of a column
+    fs: float = FS,  # sampling rate, Hz
+    n_fft: int | None = None,  # points of the transform; None: the power of two above the window
+) -> tuple[np.ndarray, np.ndarray]:  # power (4, n_bins, n_cols) float32 uV^2/Hz; freqs (n_bins,) Hz up to 20
+    "Regional multitaper power of any columns; those without data are NaN."
+    n_fft = n_fft or 1 << (width - 1).bit_length()
+    bins = (1, int(FREQS[-1] * n_fft / fs) + 2)
+    pairs, missing = regional_pairs(np.asarray(eeg, np.float32))
+    pairs = pairs.astype(np.float32)  # half the time; an image needs no more
+    power = [region_power(p, m, starts, width, n_fft, bins, fs) for p, m in zip(pairs, missing)]
+    return np.stack(power), np.arange(*bins) * fs / n_fft
+
 def fine_spectrogram(
     eeg: np.ndarray,  # (19, n_times) microvolts, filtered already, NaN where samples are missing
     fs: float = FS,  # sampling rate, Hz
@@ -166,13 +182,8 @@ def fine_spectrogram(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # times (n_cols,) s; freqs (n_bins,) Hz up to 20; power (4, n_bins, n_cols) float32 uV^2/Hz
     "A regional multitaper spectrogram of any window and step; columns without data are NaN."
     times = span[0] + (np.arange(n_cols) + 0.5) * (span[1] - span[0]) / n_cols
-    starts = np.round((times - window / 2) * fs).astype(int)
-    n_fft = n_fft or 1 << (round(window * fs) - 1).bit_length()
-    bins = (1, int(FREQS[-1] * n_fft / fs) + 2)
-    pairs, missing = regional_pairs(np.asarray(eeg, np.float32))
-    pairs = pairs.astype(np.float32)  # half the time; an image needs no more
-    power = [region_power(p, m, starts, round(window * fs), n_fft, bins, fs) for p, m in zip(pairs, missing)]
-    return times, np.arange(*bins) * fs / n_fft, np.stack(power)
+    power, freqs = fine_columns(eeg, np.round((times - window / 2) * fs).astype(int), round(window * fs), fs, n_fft)
+    return times, freqs, power
 
 # %% ../nbs/12_spectrogram.ipynb #d8df714a
 SIZE, ROWS = 224, 56                   # pixels of the image; rows per region
@@ -200,22 +211,53 @@ def row_weights(
     return w / w.sum(1, keepdims=True)
 
 # %% ../nbs/12_spectrogram.ipynb #91d254f0
+def to_rows(
+    power: np.ndarray,  # (4, n_bins, n_cols) uV^2/Hz, NaN in columns without data
+    freqs: np.ndarray,  # (n_bins,) Hz, evenly spaced
+) -> tuple[np.ndarray, np.ndarray]:  # (4, 56, n_cols), 0 without data; (4, n_cols) True where there is data
+    "The 56 rows of each region, still as power."
+    there = np.isfinite(power).all(1)
+    return row_weights(float(freqs[0]), float(freqs[1] - freqs[0]), len(freqs)) @ np.where(there[:, None], power, 0), there
+
+def draw(
+    rows: np.ndarray,  # (4, 56, n_cols) of `to_rows`
+    there: np.ndarray,  # (4, n_cols)
+    columns=None,  # (n_out, n_cols) array, dense or sparse: share of each pixel column that each source column covers; None: one to one
+) -> np.ndarray:  # (224, n_out) float32, 0..1, -1 where there is no data
+    "Power as grey values: decibels between the limits of the labellers' screen."
+    covered = there.astype(np.float64)
+    if columns is not None: rows, covered = (rows.reshape(SIZE, -1) @ columns.T).reshape(*rows.shape[:2], -1), covered @ columns.T
+    rows = rows / np.maximum(covered, 1e-9)[:, None]
+    low, high = DB_LIMITS
+    scaled = (np.clip(10 * np.log10(np.maximum(rows, 1e-12)), low, high) - low) / (high - low)
+    return np.where(covered[:, None] >= 0.5, scaled, MISSING).astype(np.float32).reshape(SIZE, -1)
+
 def to_pixels(
     power: np.ndarray,  # (4, n_bins, n_cols) uV^2/Hz, NaN in columns without data
     freqs: np.ndarray,  # (n_bins,) Hz, evenly spaced
     columns: np.ndarray | None = None,  # (224, n_cols) share of each pixel column that each source column covers; None: one to one
 ) -> np.ndarray:  # (224, 224) float32, 0..1, -1 where there is no data
     "One panel of the image."
-    there = np.isfinite(power).all(1)
-    rows = row_weights(float(freqs[0]), float(freqs[1] - freqs[0]), len(freqs)) @ np.where(there[:, None], power, 0)
-    covered = there.astype(np.float64)
-    if columns is not None: rows, covered = rows @ columns.T, covered @ columns.T
-    rows = rows / np.maximum(covered, 1e-9)[:, None]
-    low, high = DB_LIMITS
-    scaled = (np.clip(10 * np.log10(np.maximum(rows, 1e-12)), low, high) - low) / (high - low)
-    return np.where(covered[:, None] >= 0.5, scaled, MISSING).astype(np.float32).reshape(SIZE, SIZE)
+    return draw(*to_rows(power, freqs), columns)
 
 # %% ../nbs/12_spectrogram.ipynb #cc7ce949
+def context_columns(
+    times: np.ndarray,  # (n_cols,) s from the window's centre
+) -> np.ndarray:  # (224, n_cols)
+    "Which columns of the context each pixel column covers."
+    times = np.asarray(times, np.float64)
+    cells = np.stack([times - SPEC_STEP / 2, times + SPEC_STEP / 2], 1)
+    return overlap(cells, np.linspace(-CONTEXT_S / 2, CONTEXT_S / 2, SIZE + 1))
+
+@lru_cache(maxsize=512)
+def even_columns(
+    first: float,  # time of the first column, s from the window's centre
+    n_cols: int,
+):  # sparse (224, n_cols)
+    "The same for columns without a hole, of which each pixel covers two or three."
+    from scipy.sparse import csr_array
+    return csr_array(context_columns(first + SPEC_STEP * np.arange(n_cols)))
+
 def regional_image(
     eeg: np.ndarray,  # (19, n_times) the 50-s window, filtered 0.5-40 Hz, microvolts, NaN where samples are missing
     times: np.ndarray,  # (n_cols,) s from the window's centre, of the columns of the context; may be empty
@@ -223,11 +265,39 @@ def regional_image(
     fs: float = FS,  # sampling rate, Hz
 ) -> np.ndarray:  # (3, 224, 224) float32: 10-min context, 50-s window, 10-s centre; 0..1, -1 without data
     "What an image model sees: three regional spectrograms around one instant."
-    times = np.asarray(times, np.float64)
-    cells = np.stack([times - SPEC_STEP / 2, times + SPEC_STEP / 2], 1)
-    columns = overlap(cells, np.linspace(-CONTEXT_S / 2, CONTEXT_S / 2, SIZE + 1))
-    panels = [to_pixels(np.asarray(power), FREQS, columns)]
+    panels = [to_pixels(np.asarray(power), FREQS, context_columns(times))]
     for span, window in ((WINDOW_S, 2.0), (CENTRE_S, 1.0)):
         _, freqs, fine = fine_spectrogram(eeg, fs, ((WINDOW_S - span) / 2, (WINDOW_S + span) / 2), window)
         panels.append(to_pixels(fine, freqs))
     return np.stack(panels)
+
+# %% ../nbs/12_spectrogram.ipynb #850b5fc3
+SHARED = ((WINDOW_S, 2.0, 12), (CENTRE_S, 1.0, 12))  # s of a panel, s of its transform, samples between shared columns
+
+class SharedPanels:
+    "The two fine panels of overlapping windows, from columns that are computed once."
+    def __init__(self,
+        eeg: np.ndarray,  # (19, n_times) filtered 0.5-40 Hz, microvolts, NaN where samples are missing
+        block: int = 2048,  # columns computed at once
+    ):
+        self.pixels: list[np.ndarray] = []  # (n_cols, 224) of each panel
+        for _, window, hop in SHARED:
+            width, drawn = round(window * FS), []
+            starts = np.arange(0, eeg.shape[1] - width + 1, hop)
+            for part in np.split(starts, range(block, len(starts), block)):
+                power, freqs = fine_columns(eeg[:, part[0]:part[-1] + width], part - part[0], width)
+                drawn.append(draw(*to_rows(power, freqs)).T)
+            self.pixels.append(np.concatenate(drawn))
+
+    def __call__(self,
+        first: int,  # sample where the window begins; all of it has data
+    ) -> np.ndarray:  # (2, 224, 224) float32: 50-s window, 10-s centre
+        "The panels of one window."
+        panels = []
+        for (length, window, hop), pixels in zip(SHARED, self.pixels):
+            start = first + ((WINDOW_S - length) / 2 + (np.arange(SIZE) + 0.5) * length / SIZE - window / 2) * FS
+            at = np.clip(start / hop, 0, len(pixels) - 1.001)
+            left = at.astype(int)
+            share = (at - left).astype(np.float32)[:, None]
+            panels.append((pixels[left] * (1 - share) + pixels[left + 1] * share).T)
+        return np.stack(panels)

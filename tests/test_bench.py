@@ -4,7 +4,8 @@ import subprocess
 
 import pytest
 
-from hms_brain.bench import loading_row, measure_twin
+from hms_brain.bench import loading_row, machine_row, measure_twin
+from hms_brain.bench_scan import keep_rows, measure_archive, measure_memory, measure_scan
 from hms_brain.core import InputError, read_json
 from test_cli import HMS, one_line
 
@@ -32,3 +33,30 @@ def test_a_stage_that_fails_is_told(tmp_path):
     with pytest.raises(InputError, match="is not there"):
         measure_twin(tmp_path / "train.csv", tmp_path / "twin")
     assert "--like" in one_line(subprocess.run([HMS, "bench", "twin"], capture_output=True, text=True))
+
+
+def test_rows_are_kept_to_compare_releases(tmp_path, monkeypatch):
+    monkeypatch.setenv("HMS_PATHS_REPORTS", str(tmp_path))
+    rows = [machine_row(), {"name": "a", "what": "A", "seconds": 2.0, "peer": "b", "peer_seconds": 6.0, "times_faster": 3.0}, {"name": "m", "what": "M", "seconds": 9.0, "megabytes": 700}]
+    kept = read_json(keep_rows("scan", rows))
+    assert kept["rows"] == [{"name": "a", "ours": 2.0, "peer": 6.0, "unit": "s", "ratio": 3.0}, {"name": "m", "ours": 700, "peer": None, "unit": "MB", "ratio": None}]
+    assert "cores" in kept["machine"] and kept["measured_rows"] == rows
+
+
+@pytest.mark.slow
+def test_scans_beside_their_peers():
+    rows = measure_scan(minutes=5, n=3)[1:]
+    assert [r["name"] for r in rows] == ["scan_fusion_vs_windows", "scan_fusion_vs_sparcnet", "scan_compact_vs_windows", "scan_compact_vs_sparcnet"]
+    assert all(r["seconds"] > 0 and r["peer_seconds"] > 0 for r in rows)
+
+
+@pytest.mark.slow
+def test_memory_is_that_of_a_process_that_scanned_all():
+    row = measure_memory((0.5,), step=4)[1]
+    assert row["windows"] == (1800 - 50) // 4 + 1 and 150 < row["megabytes"] < 1536
+
+
+@pytest.mark.slow
+def test_two_workers_beside_one():
+    row = measure_archive(n=4, seconds=60)[1]
+    assert row["name"] == "archive_two_workers" and row["times_faster"] > 0

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from hms_brain.elsewhere import store_elsewhere
 from hms_brain.events import Event, active_windows, burden, class_runs, find_events, score_events, status
 from hms_brain.exports import write_edf
 from hms_brain.predict import Predictor, predict_file
+from hms_brain.preprocess import Stretch
 from hms_brain.quality import Screen, check_window
 from hms_brain.records import read_recording
 from hms_brain.reports import write_scan
@@ -66,6 +68,19 @@ def test_a_scan_is_single_answers(tmp_path, eeg, predictor, fs):
     assert scan.table["at"].tolist() == list(range(25, 396, 10)) and len(plan_scan(420, 10, 130).blocks) == 3
     assert "mains" in " ".join(scan.table.quality) and "flat" in " ".join(scan.table.quality)
     compare(file, scan.table, [0, 12, 13, 14, 25, 26, 27, 31, 37], predictor)
+
+
+@pytest.mark.parametrize(("seed", "pattern"), [(0, "gpd"), (1, "seizure"), (2, "lrda"), (3, "other")])
+def test_shared_columns_change_less_than_a_hundredth(tmp_path, predictor, seed, pattern):
+    "Steps of 2 s interpolate the fine panels; a gap in the middle keeps its own."
+    r = simulate_recording(seed, pattern, 200)
+    r.signal[:, 18_000:18_800] = np.nan
+    stretch = {dense: Stretch(predictor.preprocess, r.eeg, 0, (0, 30_000), dense) for dense in (False, True)}
+    firsts = range(0, 30_001, 2000)
+    alone, shared = ([predictor.preprocess.cut(stretch[dense], first, 40_000) for first in firsts] for dense in (False, True))
+    same = [np.array_equal(a.image, b.image) for a, b in zip(alone, shared)]
+    assert any(same) and not all(same) and all(np.array_equal(a.eeg, b.eeg) and np.array_equal(a.image < 0, b.image < 0) for a, b in zip(alone, shared))
+    assert np.abs(predictor.probabilities(alone) - predictor.probabilities(shared)).max() <= 0.01
 
 
 def test_gaps_are_rows(tmp_path, eeg, predictor):
@@ -260,29 +275,65 @@ def test_reports_are_complete_and_harmless(tmp_path):
 
 @pytest.mark.fault
 def test_a_killed_worker_loses_nothing(tmp_path, eeg):
-    "Every recording once, whatever dies."
+    "Twenty recordings, each once, although a worker is killed between them; what cannot be read is set aside."
     psutil, archive = pytest.importorskip("psutil"), pytest.importorskip("hms_brain.archive")
     pytest.importorskip("distributed")
     (tmp_path / "in").mkdir()
-    for k in range(3): write_edf(tmp_path / "in" / f"{k}.edf", dataclasses.replace(eeg, signal=eeg.signal * np.float32(1 - k / 10)))
+    for k in range(20): write_edf(tmp_path / "in" / f"{k:02d}.edf", dataclasses.replace(eeg, signal=eeg.signal[:, :24_000] * np.float32(1 - k / 50)))
     (tmp_path / "in" / "poison.edf").write_bytes(b"0       " + b"?" * 500)
-    killed = []
+    killed, over = [], threading.Event()
 
     def kill():
-        while not killed:
-            time.sleep(0.05)
-            if list((tmp_path / "out").glob("*/blocks/*.parquet")):
-                mine = psutil.Process(os.getpid()).children(recursive=True)
-                busy = [p for p in mine if "spawn_main" in " ".join(p.cmdline())]
-                if busy: busy[-1].kill(); killed.append(busy[-1].pid)
+        while not killed and not over.wait(0.05):
+            if len(list((tmp_path / "out").glob("*/scan.parquet"))) < 3: continue
+            busy = [p for p in psutil.Process(os.getpid()).children(recursive=True) if "spawn_main" in " ".join(p.cmdline())]
+            if busy:
+                busy[-1].kill()
+                killed.append(busy[-1].pid)
 
-    import threading
     thread = threading.Thread(target=kill, daemon=True)
     thread.start()
-    ledger = archive.scan_archive(tmp_path / "in", tmp_path / "out", step=2, workers=1)
-    assert killed and ledger["counts"] == {"done": 3, "set_aside": 1, "waiting": 0}
-    for entry, folder in zip(ledger["recordings"].values(), ledger["recordings"]):
-        if entry["state"] == "done": assert len(Scan.load(tmp_path / "out" / folder).table) == 186
+    try: ledger = archive.scan_archive(tmp_path / "in", tmp_path / "out", step=2, workers=2)
+    finally: over.set()
+    assert killed and ledger["counts"] == {"done": 20, "set_aside": 1, "waiting": 0}
+    told = {e["file"]: e for e in ledger["recordings"].values()}
+    assert len(told) == 21 and "damaged" in told["poison.edf"]["reason"]
+    for folder, entry in ledger["recordings"].items():
+        if entry["state"] == "done": assert Scan.load(tmp_path / "out" / folder).table["at"].tolist() == list(range(25, 96, 2))
     before = {p: p.stat().st_mtime_ns for p in Path(tmp_path / "out").rglob("scan.parquet")}
     archive.scan_archive(tmp_path / "in", tmp_path / "out", step=2, workers=1)
-    assert before == {p: p.stat().st_mtime_ns for p in Path(tmp_path / "out").rglob("scan.parquet")}
+    assert len(before) == 20 and before == {p: p.stat().st_mtime_ns for p in Path(tmp_path / "out").rglob("scan.parquet")}
+
+
+# rates
+
+def same_class(sources, predictor, firsts):
+    "Share of windows with the same answer at every rate, for recordings of one signal."
+    inputs = [[predictor.preprocess(r, at=at) for at in firsts] for r in sources]
+    answers = [predictor.probabilities(x) for x in inputs]
+    return min(float((answers[0].argmax(1) == p.argmax(1)).mean()) for p in answers[1:])
+
+
+def at_rate(r, fs):
+    from scipy.signal import resample_poly
+    up, down = {(200, 256): (32, 25), (200, 500): (5, 2), (256, 200): (25, 32), (256, 500): (125, 64)}[(int(r.fs), fs)]
+    return dataclasses.replace(r, signal=resample_poly(np.nan_to_num(r.signal), up, down, axis=1).astype(np.float32), fs=float(fs))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pattern", ["gpd", "seizure"])
+def test_rates_give_the_same_class(predictor, pattern):
+    "Ten simulated minutes at 200, 256 and 500 Hz."
+    r = simulate_recording(5, pattern, 600)
+    r = dataclasses.replace(r, signal=np.nan_to_num(r.signal))
+    assert same_class([r, at_rate(r, 256), at_rate(r, 500)], predictor, range(25, 575, 10)) >= 0.98
+
+
+def test_a_recorded_eeg_at_three_rates(real, predictor):
+    "A public recording at its own 256 Hz, and resampled by scipy to 200 and 500 Hz."
+    r = read_recording(real / "edf/eeg_burst_eg.edf", fs=None)
+    assert r.fs == 256
+    r = dataclasses.replace(r, signal=np.nan_to_num(r.signal))
+    half = min(25.0, r.duration / 2)
+    firsts = np.arange(half, r.duration - half + 1e-6, 2)
+    assert same_class([r, at_rate(r, 200), at_rate(r, 500)], predictor, firsts) >= 0.98
