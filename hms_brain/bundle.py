@@ -324,7 +324,7 @@ def describe_parts(
 ) -> list[dict]:  # model, command, recipe, weights_sha256, val_kl, seconds; empty for a model that is trained at once
     "The trainings that a model's parts come from. Raises `InputError` where one of them is gone."
     from hms_brain.train import Run
-    runs = [Run.load(folder) for folder in (w.values() if isinstance(w := settings.get("weights"), dict) else ()) if Path(folder).is_dir()]  # of other models `weights` is a word
+    runs = [Run.load(folder) for folder in (settings["weights"].values() if isinstance(settings.get("weights"), dict) else ()) if Path(folder).is_dir()]  # a fusion's
     return [{"model": r.recipe.model, "command": r.info.get("command", ""), "recipe": r.info["recipe"], "seconds": r.info.get("seconds"),
              "weights_sha256": r.metrics["weights_sha256"], "val_kl": r.metrics["val_kl"]} for r in runs]
 
