@@ -136,7 +136,7 @@ def dash_app(
     app.initialize([])
     return app
 
-# %% ../nbs/84_dash.ipynb #9933fa8e
+# %% ../nbs/84_dash.ipynb #b639b3ce
 def take_port(
     host: str,
     port: int,  # 0: a free one
@@ -163,4 +163,5 @@ def serve_dash(
     os.environ |= {"HMS_ROOT": str(find_root().resolve()), "VOILA_APP_IP": "[::1]" if host == "::1" else "127.0.0.1", "NO_PROXY": ",".join(filter(None, (os.environ.get("NO_PROXY"), *LOOPBACK))), "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
     app = dash_app(dash_config(host, port, token, hosts, pool, idle), most)
     tell(f"http://{shown}:{port}/?token={token}")
+    sys.stdout.flush()
     app.start()

@@ -7,9 +7,9 @@ Docs: https://hms-brain.github.io/hms_brain/explorer.html.md"""
 # %% auto #0
 __all__ = ['SHORT_S', 'COARSE_S', 'EXPLAIN', 'PLACES', 'around', 'answer_text', 'scan_text', 'explorer_controls',
            'explorer_layout', 'hidden_name', 'explain_window', 'Explorer', 'show_page', 'show_answer', 'show_reasons',
-           'show_scan', 'scan_short', 'open_source', 'jump', 'connect', 'explorer']
+           'show_timeline', 'show_scan', 'scan_short', 'open_source', 'jump', 'connect', 'explorer']
 
-# %% ../nbs/84_explorer.ipynb #e1f3bb0a
+# %% ../nbs/84_explorer.ipynb #f8d6b3cc
 import os
 import tempfile
 from collections.abc import Callable, Sequence
@@ -23,7 +23,7 @@ from .core import CENTRE_S, CLASS_LABELS, CLASSES, CONTEXT_S, FS, WINDOW_S, Inpu
 from .explain_plots import pairs_of_lines, plot_evidence_page, plot_hidden
 from .occlusion import occlude
 from .pages import Reader, open_reader
-from .panels import STYLE, at_event, draw, events_at, frame, grid, guarded, html, list_bundles, list_recordings, note, origin
+from .panels import STYLE, at_event, draw, events_at, frame, grid, guarded, html, list_bundles, list_recordings, note, origin, ticker
 from .plots import plot_burden, plot_page, plot_probabilities, plot_regions, plot_scan
 from .predict import Prediction, Predictor
 from .preprocess import MARGIN_S
@@ -56,7 +56,7 @@ def answer_text(
     lines = [*rules, *p.reasons, *(f"{f['kind']}: {f['detail']}" for f in p.quality), *(d["detail"] for d in p.doubts)]
     return f'<div class="hms"><h2>{escape(said)}</h2>{note(origin(p.bundle["simulated"]))}{"".join(f"<p>{escape(str(line))}</p>" for line in lines)}</div>'
 
-# %% ../nbs/84_explorer.ipynb #d8a399f9
+# %% ../nbs/84_explorer.ipynb #eaa7e526
 def scan_text(
     scan: Scan,
     events: Sequence,  # of `events_at`
@@ -66,7 +66,7 @@ def scan_text(
     from hms_brain.reports import describe
     told = describe(scan, events)
     facts = grid([{"": k, " ": v} for k, v in told["facts"]])
-    head = f'<div class="hms"><h2>{len(events)} events at {threshold:.2f}</h2>{note(origin(scan.about["bundle"]["simulated"]))}<p>{escape(told["status"])}</p></div>'
+    head = f'<div class="hms"><h2>{len(events)} {"event" if len(events) == 1 else "events"} at a threshold of {threshold:.2f}</h2>{note(origin(scan.about["bundle"]["simulated"]))}<p>{escape(told["status"])}</p></div>'
     names = ("hour", "judged", *(CLASS_LABELS[c] for c in CLASSES[:-1]))
     listed = grid([dict(zip(("from", "to", "s", "pattern", "mean", "peak"), e)) for e in told["events"]]) if events else "<p>No events: lower the threshold to see weaker ones.</p>"
     return head, f'<div class="hms"><h2>Events</h2><div class="hms-scroll">{listed}</div><h2>Burden</h2><p>Share of each hour, with the word of ACNS 2021; at a probability of 0.50.</p><div class="hms-scroll">{grid([dict(zip(names, row)) for row in told["burden"]])}</div><details><summary>The scan</summary>{facts}</details></div>'
@@ -153,7 +153,7 @@ class Explorer:
         "Look at another second."
         self.c["at"].value = float(np.clip(round(at), 0, self.c["at"].max))
 
-# %% ../nbs/84_explorer.ipynb #76dd71e2
+# %% ../nbs/84_explorer.ipynb #3ab380e7
 def show_page(e: Explorer):
     "The ten seconds in the chosen montage, and the spectrograms around them."
     if e.reader is None: return draw(e.c["page"], None), draw(e.c["regions"], None)
@@ -176,17 +176,25 @@ def show_reasons(e: Explorer):
     "Why."
     draw(e.c["reasons"], explain_window(e.predictor(), *e.window(), e.c["kind"].value))
 
+def show_timeline(e: Explorer):
+    "The whole recording, and where the window is."
+    if e.scan is None: return draw(e.c["timeline"], None)
+    figure = plot_scan(e.scan.table, e.scan.duration, e.events)
+    draw(e.c["timeline"], figure.add_vline(x=e.c["at"].value / (3600 if e.scan.duration > 5400 else 60), line=dict(color="#111111", width=1.5, dash="dash")))
+
 def show_scan(e: Explorer):
     "Timeline, events and burden at the chosen threshold."
     from hms_brain.events import burden
     if e.scan is None:
-        for name in ("timeline", "hours"): draw(e.c[name], None)
+        e.events = []
+        show_timeline(e)
+        draw(e.c["hours"], None)
         length = e.reader.duration if e.reader else 0.0
-        e.c["head"].value, e.c["lists"].value, e.events = "" if length <= SHORT_S else note("This recording is not scanned yet. Next: hms scan FILE -o outputs/reports/NAME, then open this page again."), "", []
+        e.c["head"].value, e.c["lists"].value = "" if length <= SHORT_S else note("This recording is not scanned yet. Next: hms scan FILE -o outputs/reports/NAME, then open this page again."), ""
         return
     e.events = events_at(e.scan, e.c["threshold"].value)
     e.c["head"].value, e.c["lists"].value = scan_text(e.scan, e.events, e.c["threshold"].value)
-    draw(e.c["timeline"], plot_scan(e.scan.table, e.scan.duration, e.events))
+    show_timeline(e)
     draw(e.c["hours"], plot_burden(burden(e.scan.table, e.scan.step)) if e.scan.duration > 3600 else None)
 
 # %% ../nbs/84_explorer.ipynb #0de81ba1
@@ -215,7 +223,7 @@ def open_source(e: Explorer, first: float | None = None):
     c["message"].value = "" if e.reader else note("The recording of this scan is not where it was, so the timeline stands alone. hms scan --annotated keeps a copy beside the scan; hms dash --recordings DIR names another folder.")
     for show in (show_page, show_answer, show_scan, scan_short): show(e)
 
-# %% ../nbs/84_explorer.ipynb #9dd0a34f
+# %% ../nbs/84_explorer.ipynb #c18295e8
 def jump(e: Explorer, step: int):
     "To the neighbouring event. Raises `InputError` when there is none."
     to = at_event(e.events, e.c["at"].value, step)
@@ -230,7 +238,7 @@ def connect(e: Explorer):
             e.c["message"].value = ""
             for a in acts: a(e)
         return guarded(e.c["message"], act)
-    for name, acts in {"recording": (open_source,), "model": (show_answer, scan_short), "montage": (show_page,), "threshold": (show_scan,), "at": (show_page, show_answer)}.items(): e.c[name].observe(on(*acts), "value")
+    for name, acts in {"recording": (open_source,), "model": (show_answer, scan_short), "montage": (show_page,), "threshold": (show_scan,), "at": (show_timeline, show_page, show_answer)}.items(): e.c[name].observe(on(*acts), "value")
     steps = {"back": lambda e: e.go(e.c["at"].value - CENTRE_S), "on": lambda e: e.go(e.c["at"].value + CENTRE_S), "before": lambda e: jump(e, -1), "after": lambda e: jump(e, 1), "explain": show_reasons}
     for name, act in steps.items(): e.c[name].on_click(on(act))
 
@@ -242,11 +250,18 @@ def explorer(
     threshold: float = 0.5,  # where events begin, 0.1..0.95
     bundle: str | os.PathLike | None = None,  # folder; default: the workbench's
     chosen: str = "",  # part of a name in `list_recordings`
+    later: bool = False,  # open it when the page is there, so that nobody waits before an empty one
 ) -> Explorer:  # display its `widget`
     "Explore a recording. Raises `InputError` for an unknown montage; what cannot be read is said on the page."
     sources = [{"name": Path(file or scan or "").name, "file": Path(file) if file else None, "scan": scan}] if file or scan else list_recordings()
     e = Explorer(sources, explorer_controls([s["name"] for s in sources], ([(Path(bundle).name, Path(bundle))] if bundle else []) + list_bundles(), montage, threshold))
     e.c["recording"].value = next((i for i, s in enumerate(sources) if chosen and chosen in s["name"]), 0)
     connect(e)
-    guarded(e.c["message"], lambda: open_source(e, at))()
+    start = guarded(e.c["message"], lambda: open_source(e, at))
+    if not later:
+        start()
+        return e
+    e.c["message"].value = note("Opening the recording ...")
+    once = ticker(.3, lambda _: (once.close(), start()))
+    e.widget.children = (*e.widget.children, once)
     return e

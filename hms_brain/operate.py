@@ -158,4 +158,4 @@ def dash(
     if recordings:
         if not recordings.is_dir(): raise InputError("is no folder", recordings, "name one with recordings")
         os.environ["HMS_DASH_RECORDINGS"] = str(recordings.resolve())
-    serve_dash(host, port, pool=0 if cold else 1, most=pages, tell=print)
+    serve_dash(host, port, pool=0 if cold else 1, most=pages)

@@ -116,7 +116,7 @@ def plot_compared(
     figure.update_yaxes(title="KL on held-out patients, nats")
     return styled(figure, 340, legend=True)
 
-# %% ../nbs/83_panels.ipynb #e70405ba
+# %% ../nbs/83_panels.ipynb #5e740e9c
 def plot_pace(
     histories: Mapping[str, "pd.DataFrame"],  # run -> history.csv
     windows: Mapping[str, float | None],  # run -> training windows of an epoch
@@ -127,7 +127,7 @@ def plot_pace(
     for k, (name, h) in enumerate(histories.items()):
         pace = h["seconds"] * np.nan if windows.get(name) is None else float(windows[name] or 0) / h["seconds"]
         for col, y in ((1, h["learning_rate"]), (2, pace)): figure.add_scatter(x=h["epoch"], y=y, name=name, showlegend=False, hovertemplate=f"{name}, epoch %{{x}}: %{{y:.3g}}<extra></extra>", row=1, col=col, **run_look(k))
-    figure.update_xaxes(title="epoch")
+    figure.update_xaxes(title="epoch", dtick=max(1, max((len(h) for h in histories.values()), default=1) // 6))
     figure.update_yaxes(rangemode="tozero")
     figure.update_yaxes(exponentformat="power", row=1, col=1)
     return styled(figure, 280)
@@ -322,7 +322,7 @@ def rule_rows(
         rows.append({"rule": rule.name, "now": "too few events" if value is None else f"{value:.3g}", "limit": f"{'at least' if rule.below else 'at most'} {rule.limit:.3g}", "verdict": "–" if value is None else "broken" if rule.broken(value) else "kept", "meaning": rule.words})
     return rows
 
-# %% ../nbs/83_panels.ipynb #b2214408
+# %% ../nbs/83_panels.ipynb #a18e841c
 STYLE = """<style>
 .hms { font: 14px/1.5 system-ui, sans-serif; color: var(--jp-ui-font-color1); overflow: visible; }
 .hms h2 { font-size: 17px; font-weight: 600; margin: 18px 0 4px; } .hms p { margin: 2px 0 6px; max-width: 70em; }
@@ -331,7 +331,7 @@ STYLE = """<style>
 .hms-grid th { font-weight: 600; } .hms-scroll { max-height: 330px; overflow: auto; }
 .hms-note { padding: 7px 12px; border-left: 4px solid #2f6fd0; background: rgba(47,111,208,.1); border-radius: 3px; } .hms-note.bad { border-color: #c2453f; background: rgba(194,69,63,.12); }
 .hms-facts { display: flex; flex-wrap: wrap; gap: 10px 34px; margin: 8px 0; } .hms-facts div { font-size: 12.5px; opacity: .8; } .hms-facts b { display: block; font-size: 20px; font-weight: 600; opacity: 1; }
-.hms-figure { min-height: 40px; } .hms code { background: rgba(128,128,128,.16); padding: 1px 5px; border-radius: 3px; }
+.widget-box:has(.hms) { overflow: visible; } .hms code { background: rgba(128,128,128,.16); padding: 1px 5px; border-radius: 3px; }
 body[data-jp-theme-light="false"] .hms-figure { --ink: #e3e7ec; }
 body[data-jp-theme-light="false"] .hms-figure :is(.xtick, .ytick, .g-xtitle, .g-ytitle, .g-gtitle, .legend, .colorbar, .annotation, .cbtitle, .infolayer) text:not(.bartext) { fill: var(--ink) !important; }
 body[data-jp-theme-light="false"] .hms-figure :is(.xtick, .ytick) text { fill: var(--ink) !important; } body[data-jp-theme-light="false"] .hms-figure .barlayer text.bartext-outside { fill: var(--ink) !important; }
@@ -360,7 +360,7 @@ def origin(simulated: bool | None, what: str = "Model") -> str:
     said = {True: f"{what} trained on simulated EEG.", False: f"{what} trained on recorded EEG."}.get(simulated, f"What the {what.lower()} was trained on is not known.")  # type: ignore[call-overload]
     return f"{said} {NOTICE}"
 
-# %% ../nbs/83_panels.ipynb #d5647d4b
+# %% ../nbs/83_panels.ipynb #bd536300
 def frame() -> "Output":
     "An empty place for a figure."
     import ipywidgets as w
@@ -372,7 +372,8 @@ def draw(
     place: "Output",
     figure: "Figure | None",  # None: nothing
 ):
-    "Put a figure where another was."
+    "Put a figure where another was; the place is as high as the figure, so that nothing jumps."
+    place.layout.height = "0" if figure is None else f"{figure.layout.height or 450}px"
     place.outputs = () if figure is None else ({"output_type": "display_data", "data": figure_bundle(figure), "metadata": {}},)
 
 def guarded(
