@@ -71,7 +71,7 @@ def scan_text(
     listed = grid([dict(zip(("from", "to", "s", "pattern", "mean", "peak"), e)) for e in told["events"]]) if events else "<p>No events: lower the threshold to see weaker ones.</p>"
     return head, f'<div class="hms"><h2>Events</h2><div class="hms-scroll">{listed}</div><h2>Burden</h2><p>Share of each hour, with the word of ACNS 2021; at a probability of 0.50.</p><div class="hms-scroll">{grid([dict(zip(names, row)) for row in told["burden"]])}</div><details><summary>The scan</summary>{facts}</details></div>'
 
-# %% ../nbs/84_explorer.ipynb #f5e64c8c
+# %% ../nbs/84_explorer.ipynb #541bde6b
 def explorer_controls(
     names: Sequence[str],  # of the recordings
     models: Sequence[tuple[str, Path]],  # of `list_bundles`
@@ -90,6 +90,7 @@ def explorer_controls(
     words = {"back": "\u25c0 10 s", "on": "10 s \u25b6", "before": "\u25c0 event", "after": "event \u25b6", "explain": "Explain this answer"}
     return found | {name: w.Button(description=text, layout=narrow) for name, text in words.items()}
 
+# %% ../nbs/84_explorer.ipynb #683697e2
 PLACES = ("timeline", "page", "votes", "regions", "reasons", "hours")
 
 def explorer_layout(
@@ -103,7 +104,7 @@ def explorer_layout(
     return w.VBox([html(STYLE), row("recording", "model", "montage", "threshold"), c["message"], c["head"], c["timeline"], row("at", "back", "on", "before", "after"),
                    w.HBox([main, side], layout=w.Layout(flex_flow="row wrap")), row("explain", "kind"), c["reasons"], c["regions"], c["lists"], c["hours"]])
 
-# %% ../nbs/84_explorer.ipynb #cfda402a
+# %% ../nbs/84_explorer.ipynb #c0e541a7
 def hidden_name(
     part: tuple,  # of `Occlusion.hidden`
     unit: str,  # of its numbers
@@ -111,6 +112,7 @@ def hidden_name(
     "What was hidden, for people."
     return part[0] if len(part) == 1 else f"{part[0]:g}-{part[1]:g} {unit}"
 
+# %% ../nbs/84_explorer.ipynb #81f7c1fe
 def explain_window(
     predictor: Predictor,
     recording: Recording,
@@ -153,7 +155,7 @@ class Explorer:
         "Look at another second."
         self.c["at"].value = float(np.clip(round(at), 0, self.c["at"].max))
 
-# %% ../nbs/84_explorer.ipynb #3ab380e7
+# %% ../nbs/84_explorer.ipynb #4bf5767e
 def show_page(e: Explorer):
     "The ten seconds in the chosen montage, and the spectrograms around them."
     if e.reader is None: return draw(e.c["page"], None), draw(e.c["regions"], None)
@@ -163,6 +165,7 @@ def show_page(e: Explorer):
     keep = np.abs(times + piece.start - at) <= CONTEXT_S / 2
     draw(e.c["regions"], plot_regions((times + piece.start)[keep], power[..., keep], at))
 
+# %% ../nbs/84_explorer.ipynb #142958df
 def show_answer(e: Explorer):
     "What the chosen model says of the fifty seconds."
     draw(e.c["reasons"], None)
@@ -182,6 +185,7 @@ def show_timeline(e: Explorer):
     figure = plot_scan(e.scan.table, e.scan.duration, e.events)
     draw(e.c["timeline"], figure.add_vline(x=e.c["at"].value / (3600 if e.scan.duration > 5400 else 60), line=dict(color="#111111", width=1.5, dash="dash")))
 
+# %% ../nbs/84_explorer.ipynb #6fe3c6a5
 def show_scan(e: Explorer):
     "Timeline, events and burden at the chosen threshold."
     from hms_brain.events import burden
@@ -197,7 +201,7 @@ def show_scan(e: Explorer):
     show_timeline(e)
     draw(e.c["hours"], plot_burden(burden(e.scan.table, e.scan.step)) if e.scan.duration > 3600 else None)
 
-# %% ../nbs/84_explorer.ipynb #0de81ba1
+# %% ../nbs/84_explorer.ipynb #218784b8
 def scan_short(e: Explorer):
     "Scan a short recording that was not scanned, with the chosen model."
     if e.reader is None or e.reader.duration > SHORT_S or (e.scan and e.sources[e.c["recording"].value]["scan"]): return
@@ -207,6 +211,7 @@ def scan_short(e: Explorer):
         finally: e.c["head"].value = ""
     show_scan(e)
 
+# %% ../nbs/84_explorer.ipynb #30b3c02a
 def open_source(e: Explorer, first: float | None = None):
     "Look at the chosen recording, at a second of it or at its middle."
     source, c = e.sources[e.c["recording"].value], e.c
@@ -223,7 +228,7 @@ def open_source(e: Explorer, first: float | None = None):
     c["message"].value = "" if e.reader else note("The recording of this scan is not where it was, so the timeline stands alone. hms scan --annotated keeps a copy beside the scan; hms dash --recordings DIR names another folder.")
     for show in (show_page, show_answer, show_scan, scan_short): show(e)
 
-# %% ../nbs/84_explorer.ipynb #c18295e8
+# %% ../nbs/84_explorer.ipynb #23eced32
 def jump(e: Explorer, step: int):
     "To the neighbouring event. Raises `InputError` when there is none."
     to = at_event(e.events, e.c["at"].value, step)
@@ -242,6 +247,7 @@ def connect(e: Explorer):
     steps = {"back": lambda e: e.go(e.c["at"].value - CENTRE_S), "on": lambda e: e.go(e.c["at"].value + CENTRE_S), "before": lambda e: jump(e, -1), "after": lambda e: jump(e, 1), "explain": show_reasons}
     for name, act in steps.items(): e.c[name].on_click(on(act))
 
+# %% ../nbs/84_explorer.ipynb #3f8c3bbc
 def explorer(
     file: str | os.PathLike | None = None,  # a recording; None: whatever `list_recordings` finds
     scan: str | os.PathLike | None = None,  # folder of its scan

@@ -322,7 +322,7 @@ def rule_rows(
         rows.append({"rule": rule.name, "now": "too few events" if value is None else f"{value:.3g}", "limit": f"{'at least' if rule.below else 'at most'} {rule.limit:.3g}", "verdict": "–" if value is None else "broken" if rule.broken(value) else "kept", "meaning": rule.words})
     return rows
 
-# %% ../nbs/83_panels.ipynb #a18e841c
+# %% ../nbs/83_panels.ipynb #e1785f6a
 STYLE = """<style>
 .hms { font: 14px/1.5 system-ui, sans-serif; color: var(--jp-ui-font-color1); overflow: visible; }
 .hms h2 { font-size: 17px; font-weight: 600; margin: 18px 0 4px; } .hms p { margin: 2px 0 6px; max-width: 70em; }
@@ -331,7 +331,8 @@ STYLE = """<style>
 .hms-grid th { font-weight: 600; } .hms-scroll { max-height: 330px; overflow: auto; }
 .hms-note { padding: 7px 12px; border-left: 4px solid #2f6fd0; background: rgba(47,111,208,.1); border-radius: 3px; } .hms-note.bad { border-color: #c2453f; background: rgba(194,69,63,.12); }
 .hms-facts { display: flex; flex-wrap: wrap; gap: 10px 34px; margin: 8px 0; } .hms-facts div { font-size: 12.5px; opacity: .8; } .hms-facts b { display: block; font-size: 20px; font-weight: 600; opacity: 1; }
-.widget-box:has(.hms) { overflow: visible; } .hms code { background: rgba(128,128,128,.16); padding: 1px 5px; border-radius: 3px; }
+.widget-box:has(.hms) { overflow: visible; } .hms-figure :is(.jp-OutputArea, .jp-OutputArea-child, .jp-OutputArea-output, .js-plotly-plot) { height: 100%; width: 100%; overflow: visible; padding: 0; margin: 0; }
+.hms-figure .jp-OutputPrompt { display: none; } .hms code { background: rgba(128,128,128,.16); padding: 1px 5px; border-radius: 3px; }
 body[data-jp-theme-light="false"] .hms-figure { --ink: #e3e7ec; }
 body[data-jp-theme-light="false"] .hms-figure :is(.xtick, .ytick, .g-xtitle, .g-ytitle, .g-gtitle, .legend, .colorbar, .annotation, .cbtitle, .infolayer) text:not(.bartext) { fill: var(--ink) !important; }
 body[data-jp-theme-light="false"] .hms-figure :is(.xtick, .ytick) text { fill: var(--ink) !important; } body[data-jp-theme-light="false"] .hms-figure .barlayer text.bartext-outside { fill: var(--ink) !important; }

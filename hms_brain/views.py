@@ -6,7 +6,7 @@ Docs: https://hms-brain.github.io/hms_brain/views.html.md"""
 
 # %% auto #0
 __all__ = ['MOST_RUNS', 'RESAMPLES', 'VIEWS', 'KEPT', 'compare_runs', 'Training', 'draw_experts', 'score_answers', 'Performance',
-           'machine_text', 'service_text', 'System']
+           'machine_text', 'service_text', 'alert_text', 'System']
 
 # %% ../nbs/84_views.ipynb #73b14ed3
 import os
@@ -83,13 +83,14 @@ class Training:
         self.difference.value = f'<div class="hms">{text}</div>' if text else ""
         draw(self.gaps, figure)
 
-# %% ../nbs/84_views.ipynb #0b1e5627
+# %% ../nbs/84_views.ipynb #6cf6a43c
 def draw_experts(result: dict, experts: dict | None) -> "list[Figure]":
     "A model beside named experts."
     from hms_brain.experts import SPARCNET
     if experts is None: raise InputError("the table names no experts", "experts", "columns expert_01, expert_02, ... hold each expert's class: hms evaluate -p table=answers.parquet -p out=outputs/runs/experts")
     return [plot_experts_under(experts, SPARCNET), plot_calibration_index(experts)]
 
+# %% ../nbs/84_views.ipynb #d58e589b
 VIEWS: dict[str, tuple[str, Callable[[dict, dict | None], "list[Figure]"]]] = {
     "Classes": ("Every class with 95 % intervals by patient; the tick is chance.", lambda r, e: [plot_class_scores(r)]),
     "Confusion": ("Where the leading class of the model and of the experts differ, in per cent.", lambda r, e: [plot_confusion(r)]),
@@ -156,7 +157,7 @@ class Performance:
         for f, figure in zip(frames, figures): draw(f, figure)
         self.drawn.add(name)
 
-# %% ../nbs/84_views.ipynb #ac46cb31
+# %% ../nbs/84_views.ipynb #62991be9
 KEPT = 720  # looks: an hour of one every 5 s
 
 def machine_text(s: dict) -> str:  # HTML
@@ -165,6 +166,7 @@ def machine_text(s: dict) -> str:  # HTML
     facts["GPU"] = f"{s['gpu']:.0f} %" if "gpu" in s else "none"
     return f'<div class="hms"><h2>Machine</h2><div class="hms-facts">{"".join(f"<div><b>{v}</b>{escape(k)}</div>" for k, v in facts.items())}</div></div>'
 
+# %% ../nbs/84_views.ipynb #fd6836a8
 def service_text(
     now: Samples | None,  # None: no answer
     url: str,
@@ -176,7 +178,16 @@ def service_text(
     told = origin({"true": True, "false": False}.get(model.get("simulated", "")))
     return f'<div class="hms"><h2>Service</h2><p>{escape(url)}: {"takes requests" if ready else "is not ready"}; model {escape(model.get("name", "none"))}, {escape(model.get("sha256", "")[:12])}.</p>{note(told)}</div>'
 
-# %% ../nbs/84_views.ipynb #7be1acbc
+# %% ../nbs/84_views.ipynb #e9074e67
+def alert_text(
+    found: list[dict],  # of `alerts`
+) -> tuple[str, list[str]]:  # HTML; ids of those that nobody has seen
+    "The history of alerts."
+    unseen, columns = [a["id"] for a in found if not a["by"]], ("state", "severity", "rule", "fired", "ended", "by", "note", "words")
+    told = f'<div class="hms-scroll">{grid([{k: a[k] if a[k] is not None else "" for k in columns} for a in found])}</div>' if found else nothing("No alert was ever written down here.", "hms watch")
+    return f'<div class="hms"><h2>Alerts: {len(unseen)} of {len(found)} not yet seen</h2>{told}</div>', unseen
+
+# %% ../nbs/84_views.ipynb #fd67b007
 class System:
     "Machine, service, drift, alerts."
     def __init__(self,
@@ -226,11 +237,7 @@ class System:
 
     def list_alerts(self):
         "Show the log of alerts; offer those that nobody has seen."
-        found = alerts(alert_log(self.path)) if self.path.is_file() else []
-        unseen = [a["id"] for a in found if not a["by"]]
-        columns = ("state", "severity", "rule", "fired", "ended", "by", "note", "words")
-        told = f'<div class="hms-scroll">{grid([{k: a[k] if a[k] is not None else "" for k in columns} for a in found])}</div>' if found else nothing("No alert was ever written down here.", "hms watch")
-        self.history.value = f'<div class="hms"><h2>Alerts: {len(unseen)} of {len(found)} not yet seen</h2>{told}</div>'
+        self.history.value, unseen = alert_text(alerts(alert_log(self.path)) if self.path.is_file() else [])
         if self.which.options != tuple(unseen): self.which.options, self.which.value = unseen, next(iter(unseen), None)
         self.form.layout.display = "" if unseen else "none"
 

@@ -260,12 +260,15 @@ def tab(browser, served):
     assert foreign == [] and broken == []
 
 
+SEEN = "[...document.querySelectorAll('.js-plotly-plot')].filter(f => f.clientHeight > 150 && f.querySelectorAll('.main-svg').length && f.querySelector('.scatterlayer path, .barlayer path, .heatmaplayer image'))"
+
+
 def opened(tab, served, name, scheme="light", figures=1, query=""):
     "Open a dashboard and wait for its figures; no cell may have failed."
     tab.emulate_media(color_scheme=scheme)
     tab.goto(f"{served[0]}/{name}?{query}token={served[1].partition('token=')[2]}")
     assert "token" not in tab.url
-    tab.wait_for_function(f"document.querySelectorAll('.js-plotly-plot .main-svg').length >= {figures}")
+    tab.wait_for_function(f"{SEEN}.length >= {figures}")
     assert tab.locator(".jp-RenderedText[data-mime-type='application/vnd.jupyter.error'], [data-mime-type='application/vnd.jupyter.stderr'], .hms-note.bad").count() == 0
     tab.wait_for_timeout(1500)
     SHOTS.mkdir(parents=True, exist_ok=True)
