@@ -322,7 +322,7 @@ def rule_rows(
         rows.append({"rule": rule.name, "now": "too few events" if value is None else f"{value:.3g}", "limit": f"{'at least' if rule.below else 'at most'} {rule.limit:.3g}", "verdict": "–" if value is None else "broken" if rule.broken(value) else "kept", "meaning": rule.words})
     return rows
 
-# %% ../nbs/83_panels.ipynb #e1785f6a
+# %% ../nbs/83_panels.ipynb #44a6bd4f
 STYLE = """<style>
 .hms { font: 14px/1.5 system-ui, sans-serif; color: var(--jp-ui-font-color1); overflow: visible; }
 .hms h2 { font-size: 17px; font-weight: 600; margin: 18px 0 4px; } .hms p { margin: 2px 0 6px; max-width: 70em; }
@@ -334,10 +334,10 @@ STYLE = """<style>
 .widget-box:has(.hms) { overflow: visible; } .hms-figure :is(.jp-OutputArea, .jp-OutputArea-child, .jp-OutputArea-output, .js-plotly-plot) { height: 100%; width: 100%; overflow: visible; padding: 0; margin: 0; }
 .hms-figure .jp-OutputPrompt { display: none; } .hms code { background: rgba(128,128,128,.16); padding: 1px 5px; border-radius: 3px; }
 body[data-jp-theme-light="false"] .hms-figure { --ink: #e3e7ec; }
-body[data-jp-theme-light="false"] .hms-figure :is(.xtick, .ytick, .g-xtitle, .g-ytitle, .g-gtitle, .legend, .colorbar, .annotation, .cbtitle, .infolayer) text:not(.bartext) { fill: var(--ink) !important; }
-body[data-jp-theme-light="false"] .hms-figure :is(.xtick, .ytick) text { fill: var(--ink) !important; } body[data-jp-theme-light="false"] .hms-figure .barlayer text.bartext-outside { fill: var(--ink) !important; }
+body[data-jp-theme-light="false"] .hms-figure :is([class*="tick"], [class*="title"], .legend, .annotation) text, body[data-jp-theme-light="false"] .hms-figure text.bartext-outside { fill: var(--ink) !important; }
 body[data-jp-theme-light="false"] .hms-figure .gridlayer path { stroke: rgba(160,170,180,.28) !important; }
 body[data-jp-theme-light="false"] .hms-figure path:is([style*="stroke: rgb(26, 26, 26)"], [style*="stroke: rgb(31, 41, 51)"]) { stroke: var(--ink) !important; }
+body[data-jp-theme-light="false"] .hms-figure path[style*="stroke: rgb(36, 89, 168)"] { stroke: #6ea3f0 !important; }
 </style>"""
 
 # %% ../nbs/83_panels.ipynb #b668b58a
