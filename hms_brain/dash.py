@@ -6,8 +6,8 @@ Docs: https://hms-brain.github.io/hms_brain/dash.html.md"""
 
 # %% auto #0
 __all__ = ['PAGES', 'LOOPBACK', 'SHORTEST_TOKEN', 'POLICY', 'SORRY', 'EXTENSIONS', 'KEPT', 'TELL', 'LINES', 'dashboards', 'visit',
-           'dash_token', 'allowed_hosts', 'dash_config', 'plain_error', 'page_handlers', 'dash_app', 'take_port',
-           'serve_dash']
+           'dash_token', 'allowed_hosts', 'dash_config', 'plain_error', 'Room', 'page_handlers', 'dash_app',
+           'take_port', 'serve_dash']
 
 # %% ../nbs/84_dash.ipynb #82b53ee6
 import os
@@ -88,7 +88,38 @@ def plain_error(handler, status: int, **_):
     handler.set_header("Content-Type", "text/html; charset=utf-8")
     handler.finish(TELL.format(status=status, line=LINES.get(status, SORRY)))
 
-# %% ../nbs/84_dash.ipynb #6082137a
+# %% ../nbs/84_dash.ipynb #ed83f5c6
+class Room:
+    "Kernels of open pages, and how many there may be."
+    def __init__(self,
+        kernels,  # Voila's manager of kernels; its calls that give one to a visitor are noted
+        most: int,  # open pages
+    ):
+        self.kernels, self.most, self.seen = kernels, most, dict[str, bool]()  # kernel -> whether its page ever connected
+        def noted(call: Callable, which: Callable):
+            async def calling(*args, **kwargs):
+                found = await call(*args, **kwargs)
+                self.seen[which(found)] = False
+                return found
+            return calling
+        kernels.start_kernel = noted(kernels.start_kernel, lambda found: found)
+        if hasattr(kernels, "get_rendered_notebook"): kernels.get_rendered_notebook = noted(kernels.get_rendered_notebook, lambda found: found[2])
+        connect = kernels.notify_connect
+        def notify_connect(kernel: str):
+            if kernel in self.seen: self.seen[kernel] = True
+            return connect(kernel)
+        kernels.notify_connect = notify_connect
+
+    async def make(self) -> bool:  # whether there is room for another page
+        "End kernels whose page is gone, as far as their place is needed."
+        self.seen = {k: v for k, v in self.seen.items() if k in self.kernels}
+        for k in [k for k, connected in self.seen.items() if connected and not self.kernels.kernel_model(k)["connections"]]:
+            if len(self.seen) < self.most: break
+            await self.kernels.shutdown_kernel(k)
+            self.seen.pop(k, None)
+        return len(self.seen) < self.most
+
+# %% ../nbs/84_dash.ipynb #46c120d3
 def page_handlers(
     app: "Voila",
     most: int,  # open pages
@@ -101,13 +132,13 @@ def page_handlers(
         write_error = plain_error
         @authenticated
         def get(self): self.redirect(f"{app.base_url}{PAGES[0]}")
+    room = Room(app.kernel_manager, most)
     class Page(TornadoVoilaHandler):
         write_error = plain_error
         @authenticated
         async def get(self, name):
             if "token" in self.request.arguments: return self.redirect(self.request.path)
-            kernels = self.kernel_manager
-            if len(kernels.list_kernel_ids()) - sum(kernels.get_pool_size(f"{p}.ipynb") for p in PAGES) >= most: raise HTTPError(503)
+            if not await room.make(): raise HTTPError(503)
             await super().get(f"{name}.ipynb")
     class Lost(JupyterHandler):
         write_error = plain_error

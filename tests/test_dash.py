@@ -373,3 +373,19 @@ def test_the_same_notebook_works_in_jupyterlab(home, browser, tmp_path):
         context.close()
         process.terminate()
         process.wait(60)
+
+
+@pytest.mark.slow
+def test_there_are_no_more_kernels_than_allowed(served):
+    "Twenty openings in a row by somebody who never connects: refused in a line, the memory stays bounded."
+    psutil = pytest.importorskip("psutil")
+    base, entry, process = served
+    jar, seen = httpx.Client(timeout=240), []
+    jar.get(entry, follow_redirects=False)
+    for _ in range(20):
+        reply = jar.get(f"{base}/system")
+        seen.append(reply.status_code)
+        kernels = [p for p in psutil.Process(process.pid).children(recursive=True) if "ipykernel_launcher" in " ".join(p.cmdline())]
+        assert len(kernels) <= 8
+    assert seen[-1] == 503 and seen.count(200) <= 4 and "Close one" in reply.text
+    assert sum(p.memory_info().rss for p in kernels) + psutil.Process(process.pid).memory_info().rss < 2 << 30
