@@ -33,20 +33,21 @@ def sparcnet(
     growth: int = 32,  # channels that a layer adds
     layers: int = 4,  # per block
     blocks: int = 7,
+    n: int = 64,  # channels of the first convolution
 ):  # nn.Module: (b, 16, 2000) -> (b, 6)
-    "A network of SPaRCNet's published shape, with random weights. Needs torch."
+    "A network of SPaRCNet's published shape (no normalisation, bottlenecks of four times the growth), with random weights. Needs torch."
     from torch import cat, nn
     class Layer(nn.Module):
         def __init__(self, n: int):
             super().__init__()
-            self.steps = nn.Sequential(nn.BatchNorm1d(n), nn.ELU(), nn.Conv1d(n, 16 * growth, 1, bias=False), nn.BatchNorm1d(16 * growth), nn.ELU(), nn.Conv1d(16 * growth, growth, 3, padding=1, bias=False))
+            self.steps = nn.Sequential(nn.ELU(), nn.Conv1d(n, 4 * growth, 1), nn.ELU(), nn.Conv1d(4 * growth, growth, 3, padding=1))
         def forward(self, x): return cat([x, self.steps(x)], 1)
-    n, parts = 32, [nn.Conv1d(16, 32, 7, 2, 3, bias=False), nn.BatchNorm1d(32), nn.ELU(), nn.MaxPool1d(3, 2, 1)]
+    parts = [nn.Conv1d(16, n, 7, 2, 3), nn.ELU(), nn.MaxPool1d(3, 2, 1)]
     for _ in range(blocks):
         for _ in range(layers):
             parts.append(Layer(n))
             n += growth
-        parts += [nn.BatchNorm1d(n), nn.ELU(), nn.Conv1d(n, n // 2, 1, bias=False), nn.AvgPool1d(2, 2)]
+        parts += [nn.ELU(), nn.Conv1d(n, n // 2, 1), nn.AvgPool1d(2, 2)]
         n //= 2
     return nn.Sequential(*parts, nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.ELU(), nn.Linear(n, 6)).eval()
 

@@ -6,8 +6,8 @@ Docs: https://hms-brain.github.io/hms_brain/watch.html.md"""
 
 # %% auto #0
 __all__ = ['Samples', 'PREDICTIONS', 'RULES', 'UNANSWERED', 'read_samples', 'chosen', 'growth', 'selector', 'Share', 'Quantile',
-           'Extreme', 'Rule', 'duration', 'rules_text', 'Watch', 'alerts', 'acknowledge', 'send_webhook', 'send_mail',
-           'deliver', 'channels', 'fetch_samples', 'run_watch']
+           'Extreme', 'Rule', 'duration', 'rules_text', 'Watch', 'alerts', 'acknowledge', 'alert_log', 'send_webhook',
+           'send_mail', 'deliver', 'channels', 'fetch_samples', 'run_watch']
 
 # %% ../nbs/80_watch.ipynb #7a97ac48
 import json
@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .audit import AuditLog, read_log
-from .core import NOTICE, InputError, get_settings
+from .core import NOTICE, InputError, get_settings, setting_path
 
 # %% ../nbs/80_watch.ipynb #163162d1
 Samples = Mapping[tuple[str, frozenset], float]
@@ -237,6 +237,13 @@ def acknowledge(
     if id not in [a["id"] for a in alerts(log)]: raise InputError(f"no alert {id!r}", "alerts", "see hms alerts")
     log.add("acknowledged", id=id, by=by[:100], note=note[:500])
     return next(a for a in alerts(log) if a["id"] == id)
+
+# %% ../nbs/80_watch.ipynb #be116448
+def alert_log(
+    path: str | os.PathLike | None = None,  # default: [paths] audit
+) -> AuditLog:
+    "The log of alerts, made if absent."
+    return AuditLog(path or setting_path("audit") / "alerts.jsonl")
 
 # %% ../nbs/80_watch.ipynb #f806651a
 def send_webhook(

@@ -17,7 +17,7 @@ from conftest import ROOT
 NBS = sorted((ROOT / "nbs").glob("[0-9][0-9]_*.ipynb"))
 LIGHT = ["core", "records", "simulate", "simset", "twin", "catalog", "runs", "signal", "quality", "spectrogram", "attributes", "preprocess", "metrics", "evaluate", "experts", "plots", "figures", "embedding", "report",
          "scaling", "uncertainty", "bundle", "predict", "scan", "events", "annotate", "exports", "reports", "archive", "occlusion", "explain_plots", "reasons", "wheels", "kaggle_kernel",
-         "pages", "session", "results", "viewer", "app", "audit", "drift", "monitor", "watch", "service.web", "doctor", "bench", "console", "operate", "cli"]
+         "pages", "session", "results", "viewer", "app", "audit", "drift", "monitor", "watch", "panels", "explorer", "views", "dash", "service.web", "doctor", "bench", "bench_scan", "console", "operate", "cli"]
 FLOORS = {"gradio": "6.20.0", "starlette": "1.3.0", "python-multipart": "0.0.30", "pyjwt": "2.15.0", "torch": "2.10.0", "onnx": "1.23.2",
           "pyarrow": "26.0.0", "voila": "0.5.6", "jupyter-server": "2.20.0", "nbconvert": "7.17.1", "distributed": "2026.1.0"}
 FLOOR_EXCEPTIONS = {("all.lock", "pyarrow"): "MLflow 3.17 asks for pyarrow < 26; environments without it lock 26"}
@@ -75,7 +75,7 @@ def test_budgets(path):
     assert source(cells(path)[0]).startswith("# ") and re.search(r"^> \S", source(cells(path)[0]), re.M)
 
 
-@pytest.mark.parametrize("path", [*NBS, ROOT / "nbs/index.ipynb", *sorted((ROOT / "nbs/pipelines").glob("*.ipynb"))], ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", [*NBS, ROOT / "nbs/index.ipynb", *sorted((ROOT / "nbs/pipelines").glob("*.ipynb")), *sorted((ROOT / "nbs/dashboards").glob("*.ipynb"))], ids=lambda p: p.stem)
 def test_notebook_is_clean_text(path):
     notebook = json.loads(path.read_text())
     assert notebook["metadata"]["kernelspec"]["name"] == "python3"

@@ -1,0 +1,392 @@
+"""Dashboards: figures hold the numbers of their tables; the launcher lets nobody in who has no token; a real browser finds figures, no error, and nothing from elsewhere."""
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+pytest.importorskip("ipywidgets", reason="dashboards need the extra dash")
+pytest.importorskip("voila", reason="dashboards need the extra dash")
+
+import httpx  # noqa: E402
+
+from conftest import ROOT  # noqa: E402
+from hms_brain.audit import AuditLog  # noqa: E402
+from hms_brain.core import CLASSES, VOTE_COLUMNS, InputError, rng_for, write_json  # noqa: E402
+from hms_brain.dash import PAGES, allowed_hosts, dash_config, dash_token, dashboards, take_port  # noqa: E402
+from hms_brain.evaluate import evaluate, load_answers  # noqa: E402
+from hms_brain.explorer import explorer  # noqa: E402
+from hms_brain.panels import MIME, figure_bundle, grid, list_answers, list_recordings, list_runs, plot_compared, plot_pace, run_rows  # noqa: E402
+from hms_brain.plots import plot_probabilities, plot_scan  # noqa: E402
+from hms_brain.views import VIEWS, Performance, System, Training, score_answers  # noqa: E402
+from hms_brain.watch import acknowledge, alerts  # noqa: E402
+
+CHROMIUM = os.environ.get("HMS_CHROMIUM", "/usr/bin/chromium")
+FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+SHOTS = ROOT / "outputs/reports/dash"
+WAIT_MS = 240_000  # a busy machine starts kernels slowly
+needs_browser = pytest.mark.skipif(not Path(CHROMIUM).exists(), reason="no chromium (set HMS_CHROMIUM to its path)")
+
+
+def numbers(place):
+    "Names and y values of the traces in a frame."
+    return {t.get("name"): t.get("y") for t in place.outputs[0]["data"][MIME]["data"]}
+
+
+def write_run(folder, kl, status="ok", pid=None, epochs=4, **recipe):
+    "A training's folder with answers of 60 windows of 20 patients."
+    folder.mkdir(parents=True)
+    n = len(kl)
+    pd.DataFrame({"epoch": range(1, n + 1), "learning_rate": np.linspace(1e-3, 1e-5, n), "train_loss": kl, "val_kl": kl, "prior_kl": 1.1, "seconds": 20.0}).to_csv(folder / "history.csv", index=False)
+    write_json(folder / "run.json", {"kind": "train", "status": status, "pid": pid or os.getpid(), "started": f"2026-01-01T10:00:0{n}+00:00", "seed": 0, "recipe": {"model": "specnet", "epochs": epochs} | recipe, "data": {"train_windows": 100, "simulated": True}})
+    rng = rng_for(0, "answers")
+    truth = rng.dirichlet(np.full(6, .4), 60)
+    votes, p = np.array([rng.multinomial(8, t) for t in truth]), .3 / 6 + .7 * truth
+    pd.DataFrame({"label_id": range(60), **dict(zip(VOTE_COLUMNS, votes.T)), **{f"p_{c}": v for c, v in zip(CLASSES, p.T)}, "patient_id": np.arange(60) // 3}).to_parquet(folder / "validation.parquet")
+
+
+@pytest.fixture
+def runs(tmp_path):
+    write_run(tmp_path / "first", [.9, .7, .6, .55])
+    write_run(tmp_path / "second", [.8, .5], status="running", batch_size=8)
+    return tmp_path
+
+
+def test_a_table_of_runs_says_what_their_files_say(runs):
+    table = list_runs(runs)
+    assert set(table.run) == {"first", "second"} and dict(zip(table.run, table.kl)) == {"first": .55, "second": .5}
+    rows = {r["run"]: r for r in run_rows(table)}
+    assert rows["second"]["state"] == "running, about 40 s left" and rows["first"]["state"] == "finished" and rows["first"]["windows per s"] == "5.0"
+    write_run(runs / "third", [.8], status="running", pid=2**22 + 12345)
+    assert "failed" in {r["run"]: r for r in run_rows(list_runs(runs))}["third"]["state"]
+    (runs / "third/history.csv").write_text("epoch,val")  # in the middle of being written
+    assert set(list_runs(runs).run) >= {"first", "second"}
+
+
+def test_training_shows_curves_and_differences(runs):
+    page = Training(runs, "first,second")
+    assert numbers(page.curves) == {"first": [.9, .7, .6, .55], "second": [.8, .5]} or all(np.allclose(decoded(v), {"first": [.9, .7, .6, .55], "second": [.8, .5]}[k]) for k, v in numbers(page.curves).items())
+    assert "recipe.batch_size" in page.difference.value and "60 shared windows of 20 patients" in page.difference.value and page.gaps.outputs
+    page.choice.value = ["first"]
+    assert "constant answer" in numbers(page.curves) and page.gaps.outputs == () and page.difference.value == ""
+
+
+def decoded(y):
+    "A trace's numbers: plotly packs arrays in base64."
+    import base64
+    return np.asarray(y) if not isinstance(y, dict) else np.frombuffer(base64.b64decode(y["bdata"]), {"f8": "<f8", "f4": "<f4", "i1": "i1", "i2": "<i2"}[y["dtype"]])
+
+
+def test_training_follows_the_folder(runs):
+    page = Training(runs, "second")
+    before = page.curves.outputs
+    page.look()
+    assert page.curves.outputs is before  # nothing new, nothing drawn
+    history = pd.read_csv(runs / "second/history.csv")
+    pd.concat([history, history.iloc[-1:].assign(epoch=3, val_kl=.4)]).to_csv(runs / "second/history.csv", index=False)
+    page.look()
+    assert page.choice.value == ("second",) and decoded(numbers(page.curves)["held-out patients"])[-1] == .4
+
+
+def test_performance_shows_what_evaluate_says(runs):
+    page = Performance(runs, "first")
+    result = evaluate(load_answers(runs / "first"), 200)
+    assert f"<b>{result['kl']:.3f}</b>" in page.head.value and "trained on simulated EEG" in page.head.value and "<b>20</b>patients" in page.head.value
+    for k, name in enumerate(VIEWS):
+        page.tabs.selected_index = k
+        _, said, *frames = page.places[name].children
+        assert frames[0].outputs or (name == "Experts" and "names no experts" in said.value), name
+    z = page.places["Confusion"].children[2].outputs[0]["data"][MIME]["data"][0]["z"]
+    assert np.allclose(decoded(z).reshape(6, 6), np.round(100 * np.array(result["confusion"]["row"]), 1))
+
+
+def test_experts_are_shown_where_they_are_known(tmp_path):
+    rng = rng_for(1, "raters")
+    truth = rng.integers(0, 6, 80)
+    raters = {f"expert_{k:02d}": np.where(rng.random(80) < .7, truth, rng.integers(0, 6, 80)) for k in range(5)}
+    p = .1 / 6 + .9 * np.eye(6)[truth]
+    (tmp_path / "read").mkdir()
+    pd.DataFrame({**raters, **{f"p_{c}": v for c, v in zip(CLASSES, p.T)}, "patient_id": range(80)}).to_csv(tmp_path / "read/predictions.csv", index=False)
+    page = Performance(tmp_path)
+    page.tabs.selected_index = list(VIEWS).index("Experts")
+    _, said, under, index = page.places["Experts"].children
+    experts = score_answers(tmp_path / "read")[1]
+    assert said.value == "" and np.allclose(decoded(under.outputs[0]["data"][MIME]["data"][0]["y"]), [experts["roc"][c]["estimate"] for c in CLASSES]) and index.outputs
+
+
+def test_empty_pages_say_what_to_run(tmp_path):
+    assert "hms train" in Training(tmp_path).table.value and any("hms train" in getattr(c, "value", "") for c in Performance(tmp_path).widget.children)
+    page = System("http://127.0.0.1:9", tmp_path / "alerts.jsonl")
+    assert "hms serve" in page.service.value and "hms watch" in page.history.value and page.load.outputs and not (tmp_path / "alerts.jsonl").exists()
+
+
+def test_an_alert_is_acknowledged_once_and_stays_in_the_history(tmp_path):
+    log = AuditLog(tmp_path / "alerts.jsonl")
+    for k in (1, 2): log.add("fired", id=f"Drift-{k}", rule="Drift", severity="warning", value=1.0, limit=.5, words="<img src=x onerror=alert(1)>")
+    acknowledge(log, "Drift-1", "Kim")
+    page = System("http://127.0.0.1:9", log.path)
+    assert page.which.options == ("Drift-2",) and "<img" not in page.history.value
+    page.by.value = " "
+    page.button.click()
+    assert "write your name" in page.message.value and [a["by"] for a in alerts(log)] == [None, "Kim"]
+    page.by.value, page.remark.value = "Lee", "seen"
+    page.button.click()
+    assert [(a["by"], a["state"]) for a in alerts(log)] == [("Lee", "acknowledged"), ("Kim", "acknowledged")] and page.which.options == ()
+
+
+def test_names_of_files_are_no_markup(runs):
+    (runs / "first").rename(runs / "<img src=x>")
+    assert "<img" not in Training(runs, "<img src=x>,second").table.value and "<img" not in grid([{"<img src=x>": "<b>"}])
+
+
+def test_the_explorer_shows_what_the_predictor_says(tmp_path):
+    e = explorer(ROOT / "hms_brain/assets/sample.edf", at=120)
+    answer = e.predictor()(*e.window())
+    assert e.c["message"].value == "" and e.c["at"].value == 120
+    assert e.c["votes"].outputs[0]["data"][MIME]["data"] == figure_bundle(plot_probabilities(answer.probabilities))[MIME]["data"]
+    assert e.c["timeline"].outputs[0]["data"][MIME]["data"] == figure_bundle(plot_scan(e.scan.table, e.scan.duration, e.events))[MIME]["data"]
+    assert "trained on simulated EEG" in e.c["said"].value and "trained on simulated EEG" in e.c["head"].value
+    e.c["explain"].click()
+    assert "bar" in {t["type"] for t in e.c["reasons"].outputs[0]["data"][MIME]["data"]}
+    e.c["montage"].value = "transverse"
+    assert "F7-Fp1" in numbers(e.c["page"])
+    e.c["on"].click()
+    assert e.c["at"].value == 130 and e.c["reasons"].outputs == ()  # of another window
+
+
+def test_a_recording_that_is_none_ends_in_a_line(tmp_path):
+    (tmp_path / "bad.edf").write_bytes(b"no EEG at all")
+    e = explorer(tmp_path / "bad.edf")
+    assert "bad" in e.c["message"].value and e.c["page"].outputs == ()
+    with pytest.raises(InputError, match="unknown montage"): explorer(tmp_path / "bad.edf", montage="x")
+
+
+def test_the_launcher_is_closed_by_default(monkeypatch):
+    config = dash_config("127.0.0.1", 8050, "t" * 32, allowed_hosts("127.0.0.1"))
+    assert config["Voila"]["token"] == "t" * 32 and config["Voila"]["open_browser"] is False and config["Voila"]["port_retries"] == 0
+    assert config["Voila"]["tornado_settings"]["allow_remote_access"] is False and "default-src 'self'" in config["Voila"]["tornado_settings"]["headers"]["Content-Security-Policy"]
+    assert config["VoilaConfiguration"]["show_tracebacks"] is False and config["VoilaConfiguration"]["preheat_kernel"] is True and config["VoilaConfiguration"]["file_allowlist"] == []
+    assert len({dash_token() for _ in range(20)}) == 20
+    monkeypatch.setenv("HMS_DASH_TOKEN", "short")
+    with pytest.raises(InputError, match="16 or more"): dash_token()
+    for host in ("0.0.0.0", "192.168.1.2", "::"):
+        with pytest.raises(InputError, match="can be reached by others"): allowed_hosts(host)
+    assert take_port("127.0.0.1", 0) > 0
+
+
+def test_pages_travel_in_the_package_and_link_nothing():
+    import tomllib
+    kept = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["hms_brain"]
+    assert {"dashboards/*.ipynb", "dashboards/template/*"} <= set(kept) and {f"{p}.ipynb" for p in PAGES} == {p.name for p in (ROOT / "hms_brain/dashboards").glob("*.ipynb")}
+    for path in (dashboards() / "template").iterdir(): assert not re.search(r"https?://|//cdn", path.read_text()), path.name
+
+
+def test_no_kernel_of_a_dashboard_knows_torch():
+    script = "import sys; sys.modules['torch'] = None\n" + "import hms_brain.views, hms_brain.explorer, hms_brain.dash"
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)
+
+
+# What follows starts the real command.
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    "A workbench of its own with two runs, an alert and a scan."
+    folder = tmp_path_factory.mktemp("workbench")
+    (folder / "settings.ini").write_text("[system]\nworkers = 1\nthreads = 1\n")
+    write_run(folder / "outputs/runs/first", [.9, .7, .6, .55])
+    write_run(folder / "outputs/runs/second", [.8, .5], batch_size=8)
+    AuditLog(folder / "outputs/audit/alerts.jsonl").add("fired", id="Drift-1", rule="Drift", severity="warning", value=1.0, limit=.5, words="the windows have moved")
+    return folder
+
+
+def words(*more):
+    return [sys.executable, "-c", "from hms_brain.cli import main; main()", "dash", "--port", "0", *more]
+
+
+@pytest.fixture(scope="module")
+def served(home):
+    "A running `hms dash`: address without and with the token, process."
+    env = {k: v for k, v in os.environ.items() if not k.startswith("HMS_")} | {"PYTHONPATH": str(ROOT), "TMPDIR": str(home)}
+    with open(home / "log", "w") as log: process = subprocess.Popen(words(), env=env, cwd=home, stdout=subprocess.PIPE, stderr=log, text=True)
+    entry = process.stdout.readline().strip()
+    assert "?token=" in entry, (home / "log").read_text()
+    base = entry.partition("/?")[0]
+    for _ in range(600):
+        try: httpx.get(base, timeout=20); break
+        except httpx.TransportError: time.sleep(.3)
+    yield base, entry, process
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 0, "no graceful end"
+    assert not list(home.glob("voila_*")), "files stay behind"
+    psutil = pytest.importorskip("psutil")
+    left = [p.info["cmdline"] for p in psutil.process_iter(["cmdline"]) if any(str(home) in word for word in p.info["cmdline"] or ())]
+    assert left == [], "kernels stay behind"
+
+
+@pytest.fixture(scope="module")
+def browser():
+    "Debian's chromium."
+    sync_api = pytest.importorskip("playwright.sync_api", reason="browser tests need playwright")
+    with sync_api.sync_playwright() as p:
+        chromium = p.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def tab(browser, served):
+    "Opens a page; fails when anything asks beyond the loopback, a script stumbles or an answer is an error."
+    context, foreign, broken = browser.new_context(viewport={"width": 1280, "height": 1000}), [], []
+    def gate(route):
+        if re.match(r"http://127\.0\.0\.1[:/]", route.request.url): route.continue_()
+        else: foreign.append(route.request.url); route.abort()
+    context.route("**/*", gate)
+    page = context.new_page()
+    page.set_default_timeout(WAIT_MS)
+    page.on("request", lambda r: foreign.append(r.url) if not r.url.startswith(("http://127.0.0.1", "blob:", "data:")) else None)
+    page.on("websocket", lambda s: foreign.append(s.url) if not s.url.startswith("ws://127.0.0.1") else None)
+    page.on("pageerror", lambda e: broken.append(str(e)))
+    page.on("response", lambda r: broken.append(f"{r.status} {r.url}") if r.status >= 400 else None)
+    yield page
+    context.close()
+    assert foreign == [] and broken == []
+
+
+SEEN = "[...document.querySelectorAll('.js-plotly-plot')].filter(f => f.clientHeight > 150 && f.querySelectorAll('.main-svg').length && f.querySelector('.scatterlayer path, .barlayer path, .heatmaplayer image'))"
+
+
+def opened(tab, served, name, scheme="light", figures=1, query="", said="Research use only"):
+    "Open a dashboard and wait for its figures and its last words; no cell may have failed."
+    tab.emulate_media(color_scheme=scheme)
+    tab.goto(f"{served[0]}/{name}?{query}token={served[1].partition('token=')[2]}")
+    assert "token" not in tab.url
+    tab.wait_for_function(f"{SEEN}.length >= {figures}")
+    tab.get_by_text(said).first.wait_for()
+    assert tab.locator(".jp-RenderedText[data-mime-type='application/vnd.jupyter.error'], [data-mime-type='application/vnd.jupyter.stderr'], .hms-note.bad").count() == 0
+    tab.wait_for_timeout(1500)
+    SHOTS.mkdir(parents=True, exist_ok=True)
+    tall = tab.evaluate("document.getElementById('rendered_cells').scrollHeight")
+    tab.set_viewport_size({"width": 1280, "height": min(int(tall) + 120, 4000)})
+    tab.wait_for_timeout(500)
+    tab.screenshot(path=SHOTS / f"{name}_{scheme}.png")
+    return tab.inner_text("body")
+
+
+@pytest.mark.slow
+@needs_browser
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("name, figures, said", [("training", 2, "simulated EEG"), ("performance", 1, "trained on simulated EEG"), ("recording", 4, "at a threshold of 0.50"), ("system", 1, "Drift")])
+def test_every_dashboard_shows_its_figures(served, tab, name, figures, said, scheme):
+    text = opened(tab, served, name, scheme, figures, said=said)
+    assert "simulated EEG" in text or name == "system"
+    assert said in text and "Research use only" in text
+    background = tab.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert (sum(map(int, re.findall(r"\d+", background)[:3])) < 200) == (scheme == "dark"), background
+
+
+@pytest.mark.slow
+@needs_browser
+def test_curves_grow_while_one_looks(served, tab, home):
+    text = opened(tab, served, "training", figures=2)
+    assert "0.500" in text and "0.123" not in text
+    path = home / "outputs/runs/second/history.csv"
+    history = pd.read_csv(path)
+    pd.concat([history, history.iloc[-1:].assign(epoch=3, val_kl=.123)]).to_csv(path, index=False)
+    tab.get_by_text("0.123").first.wait_for()
+
+
+@pytest.mark.slow
+@needs_browser
+def test_an_alert_is_acknowledged_in_the_browser(served, tab, home):
+    opened(tab, served, "system")
+    tab.locator("input[type=text]").nth(0).fill("Kim")
+    tab.locator("input[type=text]").nth(0).press("Tab")
+    tab.get_by_role("button", name="Acknowledge").click()
+    tab.get_by_text("Drift-1: seen by Kim.").wait_for()
+    assert alerts(AuditLog(home / "outputs/audit/alerts.jsonl"))[0]["by"] == "Kim"
+
+
+def knobs(page, scope=""):
+    "Move the explorer's montage and see the page follow."
+    page.locator("text=Fp1-F7").first.wait_for()
+    page.locator(".widget-dropdown", has_text="montage").locator("select").select_option("average")
+    page.locator("text=Fp1-AVG").first.wait_for()
+    page.get_by_role("button", name="Explain this answer").click()
+    page.locator("text=what speaks for").first.wait_for()
+
+
+@pytest.mark.slow
+@needs_browser
+def test_the_explorer_works_in_voila(served, tab):
+    opened(tab, served, "recording", figures=4)
+    knobs(tab)
+    tab.screenshot(path=SHOTS / "explorer_voila.png")
+
+
+@pytest.mark.slow
+def test_nobody_comes_without_the_token(served):
+    base, entry, _ = served
+    token = entry.partition("token=")[2]
+    for path in (*PAGES, ""):
+        reply = httpx.get(f"{base}/{path}", follow_redirects=False, timeout=30)
+        assert reply.status_code == 302 and "/login" in reply.headers["location"]
+        assert httpx.get(f"{base}/{path}?token={token}", headers={"Host": "evil.example"}, timeout=30).status_code == 403
+    assert httpx.get(f"{base}/training?token={token}x", follow_redirects=False, timeout=30).headers["location"].startswith("/login")
+    assert httpx.get(f"{base}/training?token={token}", follow_redirects=False, timeout=30).headers["location"] == "/training"
+    for path in ("voila/files/training.ipynb", "voila/render/training.ipynb", "voila/tree", "voila/api/contents/", "api/kernels"):
+        assert httpx.get(f"{base}/{path}?token={token}", timeout=30).status_code == 404, path
+
+
+@pytest.mark.slow
+@needs_browser
+def test_the_same_notebook_works_in_jupyterlab(home, browser, tmp_path):
+    "The dashboard of a recording, run in JupyterLab as a reader would run it."
+    shutil.copy(dashboards() / "recording.ipynb", tmp_path / "recording.ipynb")
+    port, token = take_port("127.0.0.1", 0), "lab-" + "t" * 20
+    env = os.environ | {"PYTHONPATH": str(ROOT), "HMS_ROOT": str(home), "JUPYTER_CONFIG_DIR": str(tmp_path / "config"), "JUPYTER_DATA_DIR": str(tmp_path / "data"), "JUPYTER_RUNTIME_DIR": str(tmp_path / "runtime")}
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--ServerApp.root_dir={tmp_path}", f"--ServerApp.port={port}", f"--IdentityProvider.token={token}", "--LabApp.news_url=", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"]
+    process = subprocess.Popen(command, env=env, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    context, foreign = browser.new_context(viewport={"width": 1400, "height": 2400}), []
+    try:
+        for _ in range(600):
+            try: httpx.get(f"http://127.0.0.1:{port}/api", timeout=20); break
+            except httpx.TransportError: time.sleep(.3)
+        page = context.new_page()
+        page.set_default_timeout(WAIT_MS)
+        page.on("request", lambda r: foreign.append(r.url) if not r.url.startswith(("http://127.0.0.1", "blob:", "data:")) else None)
+        page.goto(f"http://127.0.0.1:{port}/lab/tree/recording.ipynb?token={token}")
+        page.locator(".jp-Notebook").first.wait_for()
+        page.locator("#jp-MainMenu .lm-MenuBar-item", has_text="Run").click()
+        page.locator(".lm-Menu-item[data-command='runmenu:run-all']").click()
+        knobs(page)
+        SHOTS.mkdir(parents=True, exist_ok=True)
+        page.screenshot(path=SHOTS / "explorer_lab.png")
+        assert page.locator(".jp-RenderedText[data-mime-type='application/vnd.jupyter.error']").count() == 0 and foreign == []
+    finally:
+        context.close()
+        process.terminate()
+        process.wait(60)
+
+
+@pytest.mark.slow
+def test_there_are_no_more_kernels_than_allowed(served):
+    "Twenty openings in a row by somebody who never connects: refused in a line, the memory stays bounded."
+    psutil = pytest.importorskip("psutil")
+    base, entry, process = served
+    jar, seen = httpx.Client(timeout=240), []
+    jar.get(entry, follow_redirects=False)
+    for _ in range(20):
+        reply = jar.get(f"{base}/system")
+        seen.append(reply.status_code)
+        kernels = [p for p in psutil.Process(process.pid).children(recursive=True) if "ipykernel_launcher" in " ".join(p.cmdline())]
+        assert len(kernels) <= 8
+    assert seen[-1] == 503 and seen.count(200) <= 4 and "Close one" in reply.text
+    assert sum(p.memory_info().rss for p in kernels) + psutil.Process(process.pid).memory_info().rss < 2 << 30
