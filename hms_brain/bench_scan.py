@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from .bench import machine_row, measure, measure_loading, measure_service, measure_simulation, mne_regions, run_stage
-from .bundle import Bundle, default_bundle, to_onnx
+from .bundle import Bundle, default_bundle, to_halves, to_onnx
 from .core import CHANNELS, FS, get_settings, setting_path, write_json
 from .exports import write_edf
 from .predict import Predictor
@@ -90,8 +90,8 @@ def compact_bundle() -> Bundle:
     "The raw-EEG network alone, untrained. Needs torch."
     from hms_brain.models.core import create_model
     whole = Bundle.load(default_bundle())
-    about = whole.about | {"name": "compact, untrained", "inputs": ["eeg"], "models": ["resnet1d_gru"]}
-    return dataclasses.replace(whole, about=about, onnx=to_onnx(create_model("resnet1d_gru", norm="robust").eval()), uncertainty=None, drift=None, _sessions={})
+    about, network = whole.about | {"name": "compact, untrained", "inputs": ["eeg"], "models": ["resnet1d_gru"]}, create_model("resnet1d_gru").eval()
+    return dataclasses.replace(whole, about=about, onnx=to_onnx(network), halves=to_halves(network), uncertainty=None, drift=None, _sessions={})
 
 # %% ../nbs/88_bench_scan.ipynb #8cf33c56
 def window_hour(

@@ -58,10 +58,11 @@ def placed(
     x: np.ndarray,  # (..., n_times)
     first: int,  # sample of x where the window begins; may be negative
     empty=0,  # what stands where x has no samples
-) -> np.ndarray:  # (..., 10000)
-    "The 10,000 samples of a window, whatever part of them a signal covers."
-    out = np.full((*x.shape[:-1], N_WINDOW), empty, x.dtype)
-    a, b = max(first, 0), min(first + N_WINDOW, x.shape[-1])
+    n: int = N_WINDOW,  # samples of the window
+) -> np.ndarray:  # (..., n)
+    "The samples of a window, whatever part of them a signal covers."
+    out = np.full((*x.shape[:-1], n), empty, x.dtype)
+    a, b = max(first, 0), min(first + n, x.shape[-1])
     out[..., a - first:b - first] = x[..., a:b]
     return out
 
@@ -203,17 +204,26 @@ class Stretch:
         first, last = max(0, (middle - half - start) // step), (min(middle + half, self.end) - start) // step
         return (start + step * np.arange(first, last) + step // 2 - middle) / FS, power[..., first:last]
 
-    def window(self,
+    def signal(self,
+        first: int,  # sample of the recording
+        mains: float | None = None,  # Hz to notch
+        n: int = N_WINDOW,  # samples
+    ) -> np.ndarray:  # (19, n) uV, 0 where there is no data
+        "Cut a part as a network hears it."
+        cut = first - self.begin
+        eeg = placed(self.bands(mains)[0], cut - self.near.start, n=n)
+        eeg[placed(self.gone, cut, True, n)] = 0
+        return eeg
+
+    def image(self,
         first: int,  # sample of the recording where the window begins
         mains: float | None = None,  # Hz to notch
         context: tuple[np.ndarray, np.ndarray] | None = None,  # times from the centre, power; None: from the stretch
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # eeg (19, 10000), image (3, 224, 224), valid (10000,)
-        "Cut one window and draw its image."
-        cut, (slow, wide) = first - self.begin, self.bands(mains)
-        absent = placed(self.gone, cut, True)
-        eeg = np.where(absent, np.float32(0), placed(slow, cut - self.near.start))
-        image = shared_image(self, first, mains) if self.dense and context is None and not absent.any() else regional_image(placed(wide, cut, np.nan), *(context or self.context(first + N_WINDOW // 2, mains)))
-        return eeg, image, absent.sum(0) <= MAX_DEAD
+    ) -> np.ndarray:  # (3, 224, 224)
+        "Draw what surrounds a window."
+        cut = first - self.begin
+        if self.dense and context is None and not placed(self.gone, cut, True).any(): return shared_image(self, first, mains)
+        return regional_image(placed(self.bands(mains)[1], cut, np.nan), *(context or self.context(first + N_WINDOW // 2, mains)))
 
 # %% ../nbs/15_preprocess.ipynb #35634d41
 def shared_image(
@@ -260,8 +270,8 @@ class Preprocess(Settings):
     ) -> ModelInput:
         "The model's input for one window of a stretch."
         quality = stretch.judge(first)
-        signal, image, valid = stretch.window(first, quality.mains, context)
-        return ModelInput(signal, image, valid, (*noted, *quality.flags, *noticed(image, n_times)), quality.abstain, quality.reasons, (first + N_WINDOW // 2) / FS)
+        image, valid = stretch.image(first, quality.mains, context), placed(stretch.gone, first - stretch.begin, True).sum(0) <= MAX_DEAD
+        return ModelInput(stretch.signal(first, quality.mains), image, valid, (*noted, *quality.flags, *noticed(image, n_times)), quality.abstain, quality.reasons, (first + N_WINDOW // 2) / FS)
 
     def __call__(self,
         recording: Recording,  # at least 10 s

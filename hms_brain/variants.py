@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .bundle import BATCH, FILES, OPTIONAL, SHAPES, Bundle, card_text, check_onnx, open_session, place_bundle
+from .bundle import ANSWER, BATCH, FILES, FRAMES, OPTIONAL, SHAPES, Bundle, card_text, check_onnx, open_session, place_bundle
 from .core import InputError, atomic_path, rng_for, write_json
 from .metrics import kl_divergence, softmax
 
@@ -94,7 +94,7 @@ def with_openvino(
     threads: int = 1,
 ) -> Bundle:  # the same, asked from one thread at a time
     "Let OpenVINO answer for a bundle. Raises `InputError` without the package."
-    bundle._sessions[threads] = OpenVino(bundle.onnx, threads)
+    bundle._sessions[threads, ""] = OpenVino(bundle.onnx, threads)
     return bundle
 
 # %% ../nbs/70_variants.ipynb #648968eb
@@ -240,7 +240,7 @@ def keep_variants(
     for name, data in files.items():
         with atomic_path(folder / name) as tmp: tmp.write_bytes(data)
     write_json(folder / "variants.json", found | {"bundle": bundle.identity()})
-    kept = {name: (bundle.folder / name).read_bytes() for name in (*FILES, *OPTIONAL) if (bundle.folder / name).is_file()}
+    kept = {name: (bundle.folder / name).read_bytes() for name in (*FILES, *OPTIONAL) if (bundle.folder / name).is_file() and (found["default"] == "fp32" or name not in (FRAMES, ANSWER))}
     card, text = bundle.card | {"variants": found}, lambda value: (json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
     kept |= {"card.json": text(card), "card.md": card_text(card, bundle.name).encode()}
     if found["default"] != "fp32": kept |= {"model.onnx": files[f"model.{found['default']}.onnx"], "bundle.json": text(bundle.about | {"variant": found["default"]})}

@@ -126,7 +126,7 @@ def test_a_planted_pattern_is_where_it_is_said_to_be():
 
 def train_small(windows, labels, seed, epochs=12):
     torch.manual_seed(seed)
-    model = create_model("resnet1d_gru", **SMALL, norm="robust")
+    model = create_model("resnet1d_gru", **SMALL)
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
     x, y = torch.as_tensor(windows), torch.as_tensor(labels)
     for epoch in range(epochs):

@@ -12,19 +12,18 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from hms_brain.bundle import measure_parity, open_session, to_onnx
+from hms_brain.bundle import ANSWER, FRAMES, measure_parity, open_session, to_halves, to_onnx
 from hms_brain.core import CHANNELS, InputError, mirror_index, rng_for, write_json
 from hms_brain.models.core import MODELS, create_model, list_models, n_params, parse_settings, register_model, without_weights
 from hms_brain.models.effnet import backbone
 from hms_brain.models.fusion import withhold
-from hms_brain.models.resnet1d_gru import window_scale
 from stand_ins import Hub, serving
 
 # name -> trainable parameters, width of the embedding, whether mirrored heads give the same answer
 TABLE = {"resnet1d_gru": dict(n_params=283_738, features=128, symmetric=True),
-         "specnet": dict(n_params=282_540, features=192, symmetric=True),
+         "specnet": dict(n_params=196_338, features=192, symmetric=True),
          "effnet": dict(n_params=3_378_694, features=1280, symmetric=False),
-         "fusion": dict(n_params=596_556, features=64, symmetric=True)}
+         "fusion": dict(n_params=510_354, features=64, symmetric=True)}
 names = pytest.mark.parametrize("name", TABLE)
 
 
@@ -127,7 +126,9 @@ def test_empty_and_huge_windows_have_finite_answers(name):
 def test_onnx_answers_like_torch(name):
     model = made(name)
     onnx = to_onnx(model)
-    assert max(measure_parity(model, onnx, (1, 2, 5, 64)).values()) <= 1e-5
+    halves = to_halves(model)
+    assert set(halves) == ({FRAMES, ANSWER} if getattr(model, "shares", False) else set())
+    assert max(measure_parity(model, onnx, (1, 2, 5, 64), tuple(halves.values())).values()) <= 1e-5
     assert b"location" not in onnx
     assert [i.name for i in open_session(onnx, 1, name).get_inputs()] == list(model.inputs)
 
@@ -139,31 +140,25 @@ def test_resnet_ignores_the_reference_and_the_absent(windows):
     short = eeg.clone()
     short[:, :, :4000] = 0
     attention = answer(model, {"eeg": short}).attention
-    assert attention[:, :50].abs().max() == 0 and attention[:, 50:].min() > 0
+    assert attention[:, :50].abs().max() == 0 and attention[:, 50:-5].min() > 0
 
 
-def test_robust_scale_forgets_the_gain(windows):
-    torch.manual_seed(0)
-    model, plain = create_model("resnet1d_gru", norm="robust").eval(), made("resnet1d_gru")
-    eeg = windows["eeg"].clone()
-    eeg[1, :, :4000] = 0
-    eeg[2, CHANNELS.index("T3")] = 0
-    base = answer(model, {"eeg": eeg}).logits
-    torch.testing.assert_close(answer(model, {"eeg": 5 * eeg}).logits, base, atol=1e-4, rtol=0)
-    torch.testing.assert_close(answer(model, {"eeg": eeg[:, mirror_index()]}).logits, base, atol=1e-5, rtol=0)
-    assert (answer(plain, {"eeg": 5 * eeg}).logits - answer(plain, {"eeg": eeg}).logits).abs().max() > 1e-3
-    x, both = torch.randn(2, 18, 2500), torch.ones(2, 18, 125)
-    x[1, 3:8] = 0
-    x[1, :, :500], both[1, :, :25] = 0, 0
-    alive = np.delete(x[1, :, 500:].numpy(), slice(3, 8), 0)
-    assert abs(float(window_scale(x, both)[0]) - np.sort(x[0].square().mean(-1).sqrt())[9]) < 1e-6
-    assert abs(float(window_scale(x, both)[1]) - np.sort(np.sqrt((alive**2).mean(-1)))[6]) < 1e-6
-    assert (window_scale(torch.zeros(1, 18, 2500), torch.zeros(1, 18, 125)) == 1).all()
-    for value in (1e6, -1e30, 1e-20):
-        assert answer(model, {"eeg": torch.full((1, 19, 10000), value) * torch.linspace(0, 1, 19)[:, None]}).logits.isfinite().all()
-    assert max(measure_parity(model, to_onnx(model), (1, 5)).values()) <= 1e-5
-    with pytest.raises(InputError, match="clip or robust"):
-        create_model("resnet1d_gru", norm="none")
+@pytest.mark.parametrize("name", ["resnet1d_gru", "fusion"])
+def test_two_halves_are_the_whole(name, windows):
+    "Shared frames of a longer signal give what each window by itself gives, to a thousandth; amplitudes are scaled by constants."
+    model, rng = made(name), rng_for(3, "longer")
+    assert model.shares
+    eeg = torch.tensor(rng.normal(0, 30, (1, 19, 16_000)), dtype=torch.float32)
+    eeg[:, :, 9000:9400] = 0
+    rest = [windows["image"][:1]] if name == "fusion" else []
+    with torch.no_grad():
+        frames, alive = model.frames(eeg)
+        for begin in (0, 400, 3200, 6000):
+            a = begin // 80
+            shared, alone = model.answer(frames[:, a:a + 125], alive[:, a:a + 125], *rest), model(eeg[..., begin:begin + 10_000], *rest)
+            assert (shared.logits.softmax(-1) - alone.logits.softmax(-1)).abs().max() < 1e-3
+            torch.testing.assert_close(model.answer(*model.frames(eeg[..., begin:begin + 10_000]), *rest).logits, alone.logits)
+    assert not getattr(create_model("fusion", eeg="resnet1d_gru").parts[1], "shares", False)
 
 
 def test_resnet_looks_at_the_centre():
@@ -219,18 +214,18 @@ def test_fusion_trains_frozen_parts(tmp_path, windows):
 
 def test_fusion_of_runs_holds_the_networks_that_were_trained(tmp_path, windows):
     "A run brings its keywords along: weights do not tell how the network scales its input."
-    parts = {"eeg": create_model("resnet1d_gru", norm="robust").eval(), "image": create_model("specnet").eval()}
+    parts = {"eeg": create_model("resnet1d_gru", stem=8).eval(), "image": create_model("specnet").eval()}
     for reads, part in parts.items():
         (tmp_path / reads).mkdir()
         save_file(part.state_dict(), tmp_path / reads / "model.safetensors")
         name = "resnet1d_gru" if reads == "eeg" else "specnet"
         write_json(tmp_path / reads / "run.json", {"recipe": {"model": name}, "model_settings": part.settings})
     model = create_model("fusion", weights={reads: str(tmp_path / reads) for reads in parts}).eval()
-    assert model.settings["eeg_settings"] == {"norm": "robust"}
+    assert model.settings["eeg_settings"] == {"stem": 8}
     for mine, part in zip(model.parts, parts.values()):
         assert torch.equal(answer(mine, windows).logits, answer(part, windows).logits)
     again = create_model("fusion", **without_weights(model.settings))
-    assert again.parts[0].settings == {"norm": "robust"}
+    assert again.parts[0].settings == {"stem": 8}
 
 
 def test_fusion_withholds_parts_only_in_training(windows):

@@ -83,6 +83,21 @@ def test_shared_columns_change_less_than_a_hundredth(tmp_path, predictor, seed, 
     assert np.abs(predictor.probabilities(alone) - predictor.probabilities(shared)).max() <= 0.01
 
 
+@pytest.mark.parametrize("step", [2, 1.5])
+def test_shared_frames_change_less_than_a_hundredth(tmp_path, eeg, predictor, step):
+    "Steps of 2 s ask the first half of the network once; of 1.5 s four times. Mains, a burst and a gap are in it."
+    assert predictor.bundle.halves
+    file, x = tmp_path / "a.edf", eeg.signal[:, 20_000:64_000].copy()
+    x[:, 4000:4600] = np.nan
+    write_edf(file, dataclasses.replace(eeg, signal=x))
+    table, worst = scan_file(file, tmp_path / "out", predictor, step=step, threads=1).table, 0.0
+    for i in range(0, len(table), 5):
+        row, (alone, _) = table.iloc[i], predict_file(file, predictor, at=float(table["at"].iloc[i]))
+        assert bool(row.abstained) == alone.abstained
+        worst = max(worst, *(abs(row[c] - p) for c, p in alone.probabilities.items()))
+    assert 1e-7 < worst <= 0.01, worst
+
+
 def test_gaps_are_rows(tmp_path, eeg, predictor):
     "EDF+D: what has no data is told, and is the same as a single answer."
     onsets = [float(k) for k in range(150)] + [270.0 + k for k in range(150)]

@@ -64,5 +64,5 @@ def test_a_broken_mirror_costs_no_training(tmp_path, monkeypatch):
 def test_words(tmp_path):
     assert parse_mirrors("mlflow, tensorboard") == ("mlflow", "tensorboard") and parse_mirrors("") == ()
     with pytest.raises(InputError, match="known: tensorboard, mlflow"): parse_mirrors("wandb")
-    assert "model.weights" not in parameters_of({"model_settings": {"weights": "/somewhere", "norm": "robust"}})
+    assert "model.weights" not in parameters_of({"model_settings": {"weights": "/somewhere", "stem": 8}})
     with pytest.warns(UserWarning, match="not tracked"): follow(tmp_path, ["tensorboard"])

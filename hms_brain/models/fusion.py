@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from ..core import CLASSES, InputError, read_json
-from .core import Output, create_model, register_model
+from .core import Frames, Output, create_model, register_model
 
 # %% ../../nbs/33_models.fusion.ipynb #98a8e668
 def make_part(
@@ -48,11 +48,11 @@ def as_trained(
 
 # %% ../../nbs/33_models.fusion.ipynb #0c59affd
 def parts_present(
-    eeg: torch.Tensor,  # (b, 19, 10000)
+    eeg: torch.Tensor,  # (b, ...), 0 where there is nothing
     image: torch.Tensor,  # (b, 3, 224, 224)
 ) -> torch.Tensor:  # (b, 2), 1 or 0: EEG, image
     "Which inputs hold anything."
-    return torch.stack([eeg.abs().amax((1, 2)) > 0, image.amax((1, 2, 3)) >= 0], 1).to(eeg.dtype)
+    return torch.stack([eeg.flatten(1).abs().amax(1) > 0, image.amax((1, 2, 3)) >= 0], 1).to(eeg.dtype)
 
 def withhold(
     present: torch.Tensor,  # (b, 2)
@@ -69,6 +69,7 @@ class Fusion(nn.Module):
     "Attention over the embeddings of two networks, one blend per class, plus a joint layer and a bias per class."
     inputs = ("eeg", "image")
     complete = staticmethod(as_trained)
+    shares = property(lambda self: getattr(self.parts[0], "shares", False), doc="`answer(*frames(eeg), image)` is the same as calling it.")
 
     def __init__(self,
         eeg: str = "resnet1d_gru",  # a registered model that reads EEG
@@ -108,9 +109,19 @@ class Fusion(nn.Module):
         return scores.softmax(1) * there, tokens
 
     def forward(self, eeg: torch.Tensor, image: torch.Tensor) -> Output:  # (b, 19, 10000) uV, (b, 3, 224, 224)
-        present = parts_present(eeg, image)
+        return self.combine([part(eeg, image) for part in self.parts], parts_present(eeg, image))
+
+    def frames(self, eeg: torch.Tensor) -> Frames:  # (b, 19, n_times) uV
+        "As of the part that reads EEG."
+        return self.parts[0].frames(eeg)  # type: ignore[operator, union-attr]
+
+    def answer(self, frames: torch.Tensor, alive: torch.Tensor, image: torch.Tensor) -> Output:  # (b, 125, d), (b, 125), (b, 3, 224, 224)
+        "What the frames of a window and its image mean."
+        return self.combine([self.parts[0].answer(frames, alive), self.parts[1](None, image)], parts_present(alive, image))  # type: ignore[operator, union-attr]
+
+    def combine(self, answers: list[Output], present: torch.Tensor) -> Output:  # of the parts, (b, 2)
+        "One answer from two."
         if self.training and self.drop: present = withhold(present, self.drop)
-        answers = [part(eeg, image) for part in self.parts]
         belief, tokens = self.weigh(answers, present)
         features = self.joint(tokens.flatten(1))
         logits = (belief * torch.stack([a.logits for a in answers], 1)).sum(1)

@@ -16,33 +16,33 @@ from .core import Output, register_model
 from .resnet1d_gru import CentredAttention, SqueezeExcite, symmetric
 
 # %% ../../nbs/32_models.specnet.ipynb #aea0b149
-def conv2d(n_in: int, n_out: int, kernel: int = 3, stride: int = 1) -> nn.Sequential:  # channels in, out; pixels
+def conv2d(n_in: int, n_out: int, kernel: tuple[int, int] = (3, 3), stride: tuple[int, int] = (1, 1)) -> nn.Sequential:  # channels in, out; pixels
     "A convolution over frequency and time, normalised."
-    return nn.Sequential(nn.Conv2d(n_in, n_out, kernel, stride, kernel // 2, bias=False), nn.BatchNorm2d(n_out))
+    return nn.Sequential(nn.Conv2d(n_in, n_out, kernel, stride, (kernel[0] // 2, kernel[1] // 2), bias=False), nn.BatchNorm2d(n_out))
 
 class HalvingBlock(nn.Module):
     "Two convolutions, squeeze-excitation and a shortcut (He et al. 2016), at half the resolution."
-    def __init__(self, n_in: int, n_out: int):  # channels in, out
+    def __init__(self, n_in: int, n_out: int, stride: tuple[int, int] = (2, 2)):  # channels in, out; of rows and columns
         super().__init__()
-        self.a, self.b, self.se = conv2d(n_in, n_out, 3, 2), conv2d(n_out, n_out), SqueezeExcite(n_out)
-        self.shortcut = nn.Sequential(nn.AvgPool2d(2), conv2d(n_in, n_out, 1))
+        self.a, self.b, self.se = conv2d(n_in, n_out, (3, 3), stride), conv2d(n_out, n_out), SqueezeExcite(n_out)
+        self.shortcut = nn.Sequential(nn.AvgPool2d(stride), conv2d(n_in, n_out, (1, 1)))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (b, n_in, rows, columns) -> (b, n_out, rows / 2, columns / 2)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (b, n_in, rows, columns) -> (b, n_out, rows / 2, columns / 2 or as many)
         return F.relu(self.se(self.b(F.relu(self.a(x)))) + self.shortcut(x))
 
 # %% ../../nbs/32_models.specnet.ipynb #eea8e4de
-COLUMNS = 28  # steps in time that are left of the 224 columns of a panel
+COLUMNS = 28  # steps in time that are left of the 224 columns of a panel: a quarter after the first convolution, half of that after the next
 LEFT_REGIONS, RIGHT_REGIONS = [0, 2], [1, 3]  # of LL, RL, LP, RP
 
 class Panel(nn.Module):
     "One time scale: four regions through one encoder, then symmetric features per column."
     def __init__(self,
-        widths: tuple[int, ...],  # channels at half, quarter and eighth resolution
+        widths: tuple[int, ...],  # channels at half, quarter and eighth of the rows
         width: int,  # of a column's vector
         dropout: float,  # of the vectors
     ):
         super().__init__()
-        self.encoder = nn.Sequential(conv2d(2, widths[0], 5, 2), nn.ReLU(), HalvingBlock(widths[0], widths[1]), HalvingBlock(widths[1], widths[2]))
+        self.encoder = nn.Sequential(conv2d(2, widths[0], (5, 7), (2, 4)), nn.ReLU(), HalvingBlock(widths[0], widths[1]), HalvingBlock(widths[1], widths[2], (2, 1)))
         self.column = nn.Sequential(nn.Conv2d(widths[2], width, (7, 1), bias=False), nn.BatchNorm2d(width), nn.ReLU())
         self.join = nn.Sequential(nn.Conv1d(6 * width, width, 1, bias=False), nn.BatchNorm1d(width), nn.ReLU(), nn.Dropout(dropout))
 
@@ -60,7 +60,7 @@ class SpecNet(nn.Module):
     inputs = ("image",)
 
     def __init__(self,
-        widths: tuple[int, int, int] = (12, 24, 48),  # channels at half, quarter and eighth resolution
+        widths: tuple[int, int, int] = (16, 16, 32),  # channels at half, quarter and eighth of the rows
         width: int = 64,  # of a column's vector
         heads: int = 4,  # of the pooling
         dropout: float = 0.2,  # of the columns and before the last layer
