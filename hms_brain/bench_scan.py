@@ -20,11 +20,12 @@ from pathlib import Path
 import numpy as np
 
 from .bench import machine_row, measure, measure_loading, measure_service, measure_simulation, mne_regions, run_stage
-from .bundle import Bundle, default_bundle, to_halves, to_onnx
+from .bundle import Bundle, default_bundle
 from .core import CHANNELS, FS, get_settings, setting_path, write_json
 from .exports import write_edf
 from .predict import Predictor
 from .runs import now, versions
+from .runtime import to_halves, to_onnx
 from .scan import plan_scan, scan_file
 from .simulate import simulate_recording
 

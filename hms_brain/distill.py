@@ -34,6 +34,7 @@ def answers_for(
         with torch.no_grad(): found.append(softmax(model(**{name: torch.as_tensor(given[name]) for name in inputs}).logits.numpy()))
     return np.concatenate(found)
 
+# %% ../nbs/44_distill.ipynb #a17a1917
 def taught(
     run: Run,  # the teacher
     cache,  # WindowCache that it was trained on

@@ -6,7 +6,8 @@ Docs: https://hms-brain.github.io/hms_brain/preprocess.html.md"""
 
 # %% auto #0
 __all__ = ['N_WINDOW', 'MARGIN_S', 'MIN_S', 'DEAD_UV', 'VERSION', 'ModelInput', 'long_gaps', 'placed', 'window_start',
-           'window_centres', 'given_context', 'carried', 'noticed', 'Settings', 'Stretch', 'shared_image', 'Preprocess']
+           'window_centres', 'given_context', 'carried', 'noticed', 'Settings', 'Stretch', 'shared_image',
+           'window_image', 'Preprocess']
 
 # %% ../nbs/15_preprocess.ipynb #a0123dd7
 from collections.abc import Sequence
@@ -215,16 +216,6 @@ class Stretch:
         eeg[placed(self.gone, cut, True, n)] = 0
         return eeg
 
-    def image(self,
-        first: int,  # sample of the recording where the window begins
-        mains: float | None = None,  # Hz to notch
-        context: tuple[np.ndarray, np.ndarray] | None = None,  # times from the centre, power; None: from the stretch
-    ) -> np.ndarray:  # (3, 224, 224)
-        "Draw what surrounds a window."
-        cut = first - self.begin
-        if self.dense and context is None and not placed(self.gone, cut, True).any(): return shared_image(self, first, mains)
-        return regional_image(placed(self.bands(mains)[1], cut, np.nan), *(context or self.context(first + N_WINDOW // 2, mains)))
-
 # %% ../nbs/15_preprocess.ipynb #35634d41
 def shared_image(
     stretch: Stretch,  # dense
@@ -241,6 +232,17 @@ def shared_image(
     a, b = max(0, (middle - half - start) // step), (min(middle + half, stretch.end) - start) // step
     columns = even_columns((start + step * a + step // 2 - middle) / FS, b - a)
     return np.concatenate([draw(rows[..., a:b], there[:, a:b], columns)[None], fine(first - stretch.begin - stretch.near.start)])
+
+def window_image(
+    stretch: Stretch,
+    first: int,  # sample of the recording where the window begins
+    mains: float | None = None,  # Hz to notch
+    context: tuple[np.ndarray, np.ndarray] | None = None,  # times from the centre, power; None: from the stretch
+) -> np.ndarray:  # (3, 224, 224)
+    "Draw what surrounds a window."
+    cut = first - stretch.begin
+    if stretch.dense and context is None and not placed(stretch.gone, cut, True).any(): return shared_image(stretch, first, mains)
+    return regional_image(placed(stretch.bands(mains)[1], cut, np.nan), *(context or stretch.context(first + N_WINDOW // 2, mains)))
 
 # %% ../nbs/15_preprocess.ipynb #841bf614
 @dataclass(frozen=True)
@@ -270,7 +272,7 @@ class Preprocess(Settings):
     ) -> ModelInput:
         "The model's input for one window of a stretch."
         quality = stretch.judge(first)
-        image, valid = stretch.image(first, quality.mains, context), placed(stretch.gone, first - stretch.begin, True).sum(0) <= MAX_DEAD
+        image, valid = window_image(stretch, first, quality.mains, context), placed(stretch.gone, first - stretch.begin, True).sum(0) <= MAX_DEAD
         return ModelInput(stretch.signal(first, quality.mains), image, valid, (*noted, *quality.flags, *noticed(image, n_times)), quality.abstain, quality.reasons, (first + N_WINDOW // 2) / FS)
 
     def __call__(self,

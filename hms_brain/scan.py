@@ -20,13 +20,14 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from .bundle import BATCH, HALO_S
+from .bundle import HALO_S, share_frames
 from .core import CLASSES, CONTEXT_S, FS, NOTICE, InputError, atomic_path, get_settings, read_json, sha256_file, write_json
 from .predict import Predictor, as_votes
 from .models.core import SHARED_S
-from .preprocess import MARGIN_S, N_WINDOW, Stretch, noticed, window_start
+from .preprocess import MARGIN_S, N_WINDOW, Stretch, noticed, window_image, window_start
 from .quality import Quality
 from .records import Recording, read_recording
+from .runtime import BATCH
 if TYPE_CHECKING: import pandas as pd
 
 # %% ../nbs/72_scan.ipynb #de1d6107
@@ -133,8 +134,8 @@ def answer_shared(predictor: Predictor, stretch: Stretch, firsts: Sequence[int],
         rows = [i for i, k in enumerate(kinds) if k == kind]
         begin, mains = firsts[rows[0]] - HALO, kind[0]
         signal = stretch.signal(begin, mains, firsts[rows[-1]] + N_WINDOW + HALO - begin)
-        images = np.stack([stretch.image(firsts[i], mains) for i in rows]) if "image" in bundle.inputs else None
-        p[rows] = bundle.share(signal, np.array([firsts[i] - begin for i in rows]), images, predictor.threads)
+        images = np.stack([window_image(stretch, firsts[i], mains) for i in rows]) if "image" in bundle.inputs else None
+        p[rows] = share_frames(bundle, signal, np.array([firsts[i] - begin for i in rows]), images, predictor.threads)
         for i, image in zip(rows, () if images is None else images): said[i] = replace(said[i], flags=(*said[i].flags, *noticed(image, n_times)))
     return p, said
 

@@ -23,9 +23,10 @@ from pathlib import Path
 
 import numpy as np
 
-from .bundle import ANSWER, BATCH, FILES, FRAMES, OPTIONAL, SHAPES, Bundle, card_text, check_onnx, open_session, place_bundle
+from .bundle import FILES, OPTIONAL, Bundle, card_text, place_bundle
 from .core import InputError, atomic_path, rng_for, write_json
 from .metrics import kl_divergence, softmax
+from .runtime import ANSWER, BATCH, FRAMES, SHAPES, check_onnx, open_session
 
 # %% ../nbs/70_variants.ipynb #24b16b29
 Batch = dict[str, np.ndarray]  # inputs of the network by name

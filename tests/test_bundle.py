@@ -12,10 +12,12 @@ import pytest
 import torch
 
 from hms_brain.batches import SineCache
-from hms_brain.bundle import FILES, MANIFEST, OPTIONAL, PARITY, Bundle, check_onnx, default_bundle, export_bundle, gate_windows, seal_files, softmax
+from hms_brain.bundle import FILES, MANIFEST, OPTIONAL, Bundle, default_bundle, export_bundle, seal_files
 from hms_brain.core import CLASSES, InputError, get_settings, rng_for
+from hms_brain.metrics import softmax
 from hms_brain.preprocess import Preprocess
 from hms_brain.recipe import Recipe
+from hms_brain.runtime import PARITY, check_onnx, gate_windows
 from hms_brain.scaling import Scaling
 from hms_brain.train import train
 
@@ -89,7 +91,7 @@ def test_batch_and_single_agree(bundle):
 def test_more_windows_than_a_batch(bundle, monkeypatch):
     eeg = gate_windows(("eeg",), 7)["eeg"]
     whole = bundle.outputs(eeg, threads=1)
-    monkeypatch.setattr("hms_brain.bundle.BATCH", 3)
+    monkeypatch.setattr("hms_brain.runtime.BATCH", 3)
     parts = bundle.outputs(eeg, threads=1)
     assert set(whole) == {"logits", "features", "attention"}
     for name in whole:

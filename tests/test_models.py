@@ -12,11 +12,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from hms_brain.bundle import ANSWER, FRAMES, measure_parity, open_session, to_halves, to_onnx
 from hms_brain.core import CHANNELS, InputError, mirror_index, rng_for, write_json
 from hms_brain.models.core import MODELS, create_model, list_models, n_params, parse_settings, register_model, without_weights
 from hms_brain.models.effnet import backbone
 from hms_brain.models.fusion import withhold
+from hms_brain.runtime import ANSWER, FRAMES, measure_parity, open_session, to_halves, to_onnx
 from stand_ins import Hub, serving
 
 # name -> trainable parameters, width of the embedding, whether mirrored heads give the same answer

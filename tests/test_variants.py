@@ -4,10 +4,11 @@ import onnx
 import pytest
 
 from hms_brain.batches import SineCache
-from hms_brain.bundle import Bundle, export_bundle, gate_windows, open_session
+from hms_brain.bundle import Bundle, export_bundle
 from hms_brain.core import InputError
 from hms_brain.metrics import softmax
 from hms_brain.recipe import Recipe
+from hms_brain.runtime import gate_windows, open_session
 from hms_brain.train import train
 from hms_brain.variants import choose, keep_variants, tensorrt_options, to_tensorrt, trtexec_command, variants_of_run
 

@@ -54,6 +54,7 @@ def parts_present(
     "Which inputs hold anything."
     return torch.stack([eeg.flatten(1).abs().amax(1) > 0, image.amax((1, 2, 3)) >= 0], 1).to(eeg.dtype)
 
+# %% ../../nbs/33_models.fusion.ipynb #3db7f4a2
 def withhold(
     present: torch.Tensor,  # (b, 2)
     drop: float,  # probability for each part, at most 0.5

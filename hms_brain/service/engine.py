@@ -19,12 +19,13 @@ from itertools import groupby
 
 import numpy as np
 
-from ..bundle import BATCH, SHAPES, Bundle, default_bundle
+from ..bundle import Bundle, default_bundle
 from ..core import InputError, get_settings
 from ..audit import AuditLog
 from ..drift import DriftMonitor, Reference, measure_window
 from ..monitor import Metrics
 from ..predict import Predictor
+from ..runtime import BATCH, SHAPES
 from ..preprocess import ModelInput
 from ..records import Recording
 from .core import Window, reply, with_image

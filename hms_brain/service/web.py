@@ -47,7 +47,7 @@ from starlette.requests import ClientDisconnect, HTTPConnection
 
 from .. import __version__
 from ..audit import AuditLog
-from ..bundle import BATCH
+from ..runtime import BATCH
 from ..core import NOTICE, InputError, get_settings, setting_path
 from ..predict import predict_file, read_around, stored_context
 from .core import MAX_SAMPLES, Answer, Answers, Batch, Sample, Window, input_problem, make_window, problem, read_array, read_batch, read_json, read_sample
