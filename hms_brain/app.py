@@ -7,14 +7,16 @@ Docs: https://hms-brain.github.io/hms_brain/app.html.md"""
 # %% auto #0
 __all__ = ['HEADERS_FIRST', 'MAX_FILES', 'TEMPLATES', 'CSS', 'HEAD', 'FOCUS', 'LIMIT_GIB', 'STEPS', 'ENDED', 'UNITS_OFFERED',
            'PAGE_POLICY', 'take_in', 'sample_file', 'understood', 'map_rows', 'read_map', 'fill', 'theme', 'Desk',
-           'show_report', 'make_files', 'build_app', 'PagePolicy', 'mount_app', 'create_app', 'serve_app']
+           'show_report', 'make_files', 'build_app', 'PagePolicy', 'mount_app', 'create_app', 'check_app',
+           'page_beside', 'serve_app']
 
 # %% ../nbs/82_app.ipynb #47ecfe2d
 import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -312,12 +314,35 @@ def mount_app(
 def create_app(
     sessions: Sessions | None = None,  # default: new ones
     hosts: tuple[str, ...] | None = None,  # default: names of this machine
-):  # ASGI application
+    path: str = "/",  # where the page is
+) -> "FastAPI":
     "The page alone, behind its guards."
     from fastapi import FastAPI
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-    mount_app(app, "/", sessions)
-    return HostGuard(PagePolicy(app), hosts)
+    mount_app(app, path, sessions)
+    app.add_middleware(PagePolicy)
+    app.add_middleware(HostGuard, hosts=hosts)
+    return app
+
+# %% ../nbs/82_app.ipynb #2612aba4
+def check_app(
+    host: str,  # that would be listened on
+):
+    "Raise `InputError` where the page cannot be shown, or others could reach it."
+    from importlib.util import find_spec
+    absent = [p for p in ("gradio", "uvicorn") if find_spec(p) is None]
+    if absent: raise InputError(f"needs the package {absent[0]}", "hms app", "pip install 'hms_brain[app]'")
+    if host not in ("127.0.0.1", "localhost", "::1"): raise InputError(f"the app has no users and passwords: it does not listen on {host}", "--host", "use 127.0.0.1, or hms serve without it, which has tokens")
+
+@contextmanager
+def page_beside(
+    host: str | None = None,  # default: [deployment] host
+) -> Iterator["FastAPI"]:
+    "The page at `/app`, for the service to have beside it; what was opened goes when the service ends. Raises `InputError`."
+    check_app(host or get_settings().deployment.host)
+    sessions = Sessions()
+    try: yield create_app(sessions, path="/app")
+    finally: sessions.close_all()
 
 # %% ../nbs/82_app.ipynb #6d852c21
 def serve_app(
@@ -326,13 +351,10 @@ def serve_app(
     tell: Callable[[str], None] = print,  # called with the address
 ):
     "Run the page until it is interrupted. Raises `InputError` for an address that others can reach."
-    from importlib.util import find_spec
-    absent = [p for p in ("gradio", "uvicorn") if find_spec(p) is None]
-    if absent: raise InputError(f"needs the package {absent[0]}", "hms app", "pip install 'hms_brain[app]'")
-    import uvicorn
     settings = get_settings().deployment
     host, port = host or settings.host, port or settings.app_port
-    if host not in ("127.0.0.1", "localhost", "::1"): raise InputError(f"the app has no users and passwords: it does not listen on {host}", "--host", "use 127.0.0.1, or hms serve, which has tokens")
+    check_app(host)
+    import uvicorn
     sessions = Sessions()
     try:
         app = create_app(sessions)

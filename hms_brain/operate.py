@@ -29,11 +29,15 @@ def serve(
     port: Annotated[int | None, typer.Option(min=0, max=65535, help="0: a free one; default: [deployment] service_port")] = None,
     bundle: Annotated[Path | None, typer.Option(help="folder of a bundle; default: the packaged one")] = None,
     grace: Annotated[float, typer.Option(min=0, help="seconds between a signal and the end")] = 2.0,
+    with_app: Annotated[bool, typer.Option("--app", help="also the page of hms app, at /app; on this machine only")] = False,
 ):
     "Answer over HTTP and WebSocket, on this machine unless the settings say otherwise; documentation at /docs."
     try: from hms_brain.service import web
     except ImportError as e: raise InputError(f"no package {e.name}", "hms serve", "pip install 'hms_brain[serve]'") from None
-    web.serve(host, port, bundle, grace)
+    if not with_app: return web.serve(host, port, bundle, grace)
+    if bundle: raise InputError("the page answers with the bundle of the settings", "--bundle", "set [models] bundle, for both")
+    from hms_brain.app import page_beside
+    with page_beside(host) as page: web.serve(host, port, bundle, grace, page)
 
 # %% ../nbs/89_operate.ipynb #c904fdf2
 @app.command()

@@ -228,6 +228,20 @@ def looked(tmp_path_factory, eeg):
     return session, source
 
 
+def test_the_service_has_the_page_beside_it():
+    "The same page at /app, behind its own guards; the service is as ever; nobody else can reach it."
+    from hms_brain.service.web import running_service
+    with running_service("--app", HMS_SYSTEM_THREADS="1") as (url, _), httpx.Client(base_url=url, timeout=60, trust_env=False) as http:
+        page = http.get("/app/")
+        assert page.is_success and "content-security-policy" in page.headers and "gradio" in page.text
+        assert http.get("/app/gradio_api/startup-events").is_success and http.get("/app/viewer/nothing").status_code == 404
+        assert http.get("/health").json()["status"] == "ok" and http.get("/gradio_api/info").status_code == 404
+        assert http.get("/app/", headers={"host": "evil.example"}).status_code == 400
+    for words, reason in ((("--host", "0.0.0.0"), "no users and passwords"), (("--bundle", "x"), "bundle of the settings")):
+        ran = subprocess.run([sys.executable, "-c", "from hms_brain.cli import main; main()", "serve", "--app", *words], capture_output=True, text=True, timeout=60)
+        assert ran.returncode == 2 and reason in ran.stderr, ran.stderr
+
+
 def test_files_without_a_browser(looked, tmp_path):
     session, source = looked
     session.labels = [{"at": 60.0, "label": "gpd"}]

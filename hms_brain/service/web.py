@@ -7,10 +7,10 @@ Docs: https://hms-brain.github.io/hms_brain/service.web.html.md"""
 # %% auto #0
 __all__ = ['may_predict', 'may_measure', 'may_manage', 'bearer', 'health', 'predictions', 'streaming', 'measures', 'management',
            'MayPredict', 'ERRORS', 'NPY', 'Scale', 'Rate', 'At', 'HEADERS', 'Unit', 'JobId', 'StreamId', 'FILES',
-           'token_of', 'need', 'Problem', 'takes', 'read_body', 'predict', 'split_array', 'predict_batch', 'keep_files',
-           'read_file', 'predict_upload', 'add_job', 'see_job', 'forget_job', 'stream', 'model', 'reload', 'metrics',
-           'live', 'ready', 'healthy', 'explain_errors', 'lifespan', 'create_app', 'Server', 'listen', 'serve',
-           'running_service']
+           'PAGE', 'token_of', 'need', 'Problem', 'takes', 'read_body', 'predict', 'split_array', 'predict_batch',
+           'keep_files', 'read_file', 'predict_upload', 'add_job', 'see_job', 'forget_job', 'stream', 'model', 'reload',
+           'metrics', 'live', 'ready', 'healthy', 'explain_errors', 'lifespan', 'create_app', 'Server', 'listen',
+           'Beside', 'serve', 'running_service']
 
 # %% ../../nbs/81_service.web.ipynb #9f5f4847
 import asyncio
@@ -26,7 +26,7 @@ import tempfile
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -287,12 +287,13 @@ FILES = 4  # uploads at once
 
 @asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-    "Start the queue and the jobs; leave unfinished jobs to the next start."
+    "Start the queue, the jobs and the page beside, if there is one; leave unfinished jobs to the next start."
     state, stop = app.state, threading.Event()
+    page = getattr(state, "page", None)
     queue = asyncio.create_task(state.engine.run())
     threading.Thread(target=work_through, args=(state.ledger, state.work, state.wake, stop), daemon=True).start()
     state.engine.metrics.ready.set(1)
-    yield
+    async with page.router.lifespan_context(page) if page else nullcontext(): yield
     stop.set(); state.wake.set(); queue.cancel()
     state.engine.close()
 
@@ -362,12 +363,26 @@ def listen(
     try: return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=2048)
     except (OSError, OverflowError) as e: raise InputError(f"cannot listen on {host}:{port} ({getattr(e, 'strerror', None) or e})", "[deployment]", "choose another host or service_port") from None
 
+# %% ../../nbs/81_service.web.ipynb #b70969dc
+PAGE = "/app"
+
+class Beside:
+    "ASGI: what is asked under `PAGE` goes to the page, everything else to the service."
+    def __init__(self, service: FastAPI, page: FastAPI):
+        self.service, self.page, self.state = service, page, service.state
+
+    async def __call__(self, scope, receive, send):
+        at = scope.get("path", "")
+        mine = scope["type"] != "lifespan" and (at == PAGE or at.startswith(f"{PAGE}/"))
+        await (self.page if mine else self.service)(scope, receive, send)
+
 # %% ../../nbs/81_service.web.ipynb #cecdfefa
 def serve(
     host: str | None = None,  # default: [deployment] host
     port: int | None = None,  # default: [deployment] service_port; 0: a free one
     bundle: str | os.PathLike | None = None,  # folder; default: `default_bundle()`
     grace: float = 2.0,  # s between a signal and the end
+    page: FastAPI | None = None,  # another application, mounted beside the service at `PAGE`, with guards of its own
 ):
     "Run the service until a signal ends it. Raises `InputError` when it may not or cannot start."
     settings = get_settings().deployment
@@ -375,7 +390,9 @@ def serve(
     terms = read_terms(host)
     sock = listen(host, port)
     audit = AuditLog(setting_path("audit") / "service.jsonl", terms.secret or b"")
-    config = uvicorn.Config(create_app(terms, bundle, audit=audit), log_level="warning", access_log=False, proxy_headers=False, server_header=False, timeout_keep_alive=30,
+    app = create_app(terms, bundle, audit=audit)
+    app.state.page = page
+    config = uvicorn.Config(Beside(app, page) if page else app, log_level="warning", access_log=False, proxy_headers=False, server_header=False, timeout_keep_alive=30,
                             timeout_graceful_shutdown=30, limit_concurrency=1000, ws_max_size=2 << 20, ws_per_message_deflate=False)
     server = Server(config)
     server.grace = grace
