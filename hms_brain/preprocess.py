@@ -6,11 +6,11 @@ Docs: https://hms-brain.github.io/hms_brain/preprocess.html.md"""
 
 # %% auto #0
 __all__ = ['N_WINDOW', 'MARGIN_S', 'MIN_S', 'DEAD_UV', 'VERSION', 'ModelInput', 'long_gaps', 'placed', 'window_start',
-           'window_centres', 'given_context', 'carried', 'noticed', 'Settings', 'Stretch', 'shared_image',
-           'window_image', 'Preprocess']
+           'window_centres', 'given_context', 'carried', 'noticed', 'Settings', 'Stretch', 'fine_panels',
+           'shared_image', 'window_image', 'Preprocess']
 
 # %% ../nbs/15_preprocess.ipynb #a0123dd7
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from threading import Lock
 from typing import Any
@@ -217,18 +217,29 @@ class Stretch:
         return eeg
 
 # %% ../nbs/15_preprocess.ipynb #35634d41
+def fine_panels(
+    stretch: Stretch,  # dense
+    mains: float | None = None,  # Hz to notch
+    run: Callable[..., Iterable] = map,  # or that of a pool
+) -> SharedPanels:
+    "The columns of the two fine panels, made at the first request."
+    wide = stretch.bands(mains)[1]
+    with stretch.lock:
+        if (key := (id(wide), "fine")) not in stretch.made: stretch.made[key] = SharedPanels(wide[:, stretch.near], run)
+        return stretch.made[key]
+
 def shared_image(
     stretch: Stretch,  # dense
     first: int,  # sample of the recording where the window begins
     mains: float | None,  # Hz to notch
 ) -> np.ndarray:  # (3, 224, 224)
     "The image of a window without gaps, from what its neighbours need as well."
-    middle, step, half, wide = first + N_WINDOW // 2, int(SPEC_STEP * FS), int(CONTEXT_S * FS / 2), stretch.bands(mains)[1]
+    middle, step, half = first + N_WINDOW // 2, int(SPEC_STEP * FS), int(CONTEXT_S * FS / 2)
     start, power = stretch.columns(middle, mains)
+    fine = fine_panels(stretch, mains)
     with stretch.lock:
-        if (key := (id(wide), "fine")) not in stretch.made: stretch.made[key] = SharedPanels(wide[:, stretch.near])
         if (same := (id(power), "rows")) not in stretch.made: stretch.made[same] = to_rows(power, FREQS)
-        fine, (rows, there) = stretch.made[key], stretch.made[same]
+        rows, there = stretch.made[same]
     a, b = max(0, (middle - half - start) // step), (min(middle + half, stretch.end) - start) // step
     columns = even_columns((start + step * a + step // 2 - middle) / FS, b - a)
     return np.concatenate([draw(rows[..., a:b], there[:, a:b], columns)[None], fine(first - stretch.begin - stretch.near.start)])

@@ -24,7 +24,7 @@ from .bundle import HALO_S, share_frames
 from .core import CLASSES, CONTEXT_S, FS, NOTICE, InputError, atomic_path, get_settings, read_json, sha256_file, write_json
 from .predict import Predictor, as_votes
 from .models.core import SHARED_S
-from .preprocess import MARGIN_S, N_WINDOW, Stretch, noticed, window_image, window_start
+from .preprocess import MARGIN_S, N_WINDOW, Stretch, fine_panels, noticed, window_image, window_start
 from .quality import Quality
 from .records import Recording, read_recording
 from .runtime import BATCH
@@ -172,7 +172,9 @@ def answer_block(
     import pandas as pd
     dense = len(firsts) >= 8 and firsts[1] - firsts[0] <= DENSE_S * FS
     stretch = Stretch(predictor.preprocess, piece.signal, piece.begin, (int(firsts[0]), int(firsts[-1])), dense)
-    if "image" in predictor.bundle.inputs: stretch.columns(int(firsts[0]) + N_WINDOW // 2)
+    if "image" in predictor.bundle.inputs:
+        stretch.columns(int(firsts[0]) + N_WINDOW // 2)
+        if dense: fine_panels(stretch, run=pool.map)
     size = SHARED if shares(predictor, stretch) else BATCH
     tasks = [pool.submit(answer, predictor, stretch, firsts[k:k + size].tolist(), n_times, piece.lost) for k in range(0, len(firsts), size)]
     rows = []

@@ -12,6 +12,7 @@ __all__ = ['N_FFT', 'BINS', 'FREQS', 'SPEC_WINDOW', 'SPEC_STEP', 'BAND', 'DB_LIM
            'even_columns', 'regional_image', 'SharedPanels']
 
 # %% ../nbs/12_spectrogram.ipynb #fc7118c5
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 
 import numpy as np
@@ -272,22 +273,24 @@ def regional_image(
     return np.stack(panels)
 
 # %% ../nbs/12_spectrogram.ipynb #850b5fc3
-SHARED = ((WINDOW_S, 2.0, 12), (CENTRE_S, 1.0, 12))  # s of a panel, s of its transform, samples between shared columns
+SHARED = ((WINDOW_S, 2.0, 8), (CENTRE_S, 1.0, 8))  # s of a panel, s of its transform, samples between shared columns
 
 class SharedPanels:
     "The two fine panels of overlapping windows, from columns that are computed once."
     def __init__(self,
         eeg: np.ndarray,  # (19, n_times) filtered 0.5-40 Hz, microvolts, NaN where samples are missing
+        run: Callable[..., Iterable] = map,  # or that of a pool
         block: int = 2048,  # columns computed at once
     ):
+        def pixels(part: np.ndarray, width: int) -> np.ndarray:  # samples where columns begin -> (n, 224)
+            power, freqs = fine_columns(eeg[:, part[0]:part[-1] + width], part - part[0], width)
+            return draw(*to_rows(power, freqs)).T
         self.pixels: list[np.ndarray] = []  # (n_cols, 224) of each panel
         for _, window, hop in SHARED:
-            width, drawn = round(window * FS), []
+            width = round(window * FS)
             starts = np.arange(0, eeg.shape[1] - width + 1, hop)
-            for part in np.split(starts, range(block, len(starts), block)):
-                power, freqs = fine_columns(eeg[:, part[0]:part[-1] + width], part - part[0], width)
-                drawn.append(draw(*to_rows(power, freqs)).T)
-            self.pixels.append(np.concatenate(drawn))
+            parts = np.split(starts, range(block, len(starts), block))
+            self.pixels.append(np.concatenate(list(run(pixels, parts, [width] * len(parts)))))
 
     def __call__(self,
         first: int,  # sample where the window begins; all of it has data
