@@ -102,7 +102,7 @@ def describe(
     sentence = f"The durations of electrographic status (ACNS 2021: a run of 10 min, or 12 of any 60 min) {met} by what the model calls seizure: longest run {found['longest_run']:.0f} s, worst hour {found['worst_hour']:.0%}."
     reasons = scan.table.reasons[scan.table.abstained].str.split(":").str[0].value_counts()
     record = scan.about["recording"]
-    facts = [("recording", f"{record['file']}, {clock(scan.duration)}"), ("identity", record["id"]), ("reference", record["reference"]), ("windows", f"{len(scan.table)}, every {scan.step:g} s; {judged.mean():.1%} judged"), *([("scan", "stopped before its end")] if scan.about.get("state") == "stopped" else []),
+    facts = [("length", clock(scan.duration)), ("identity", record["id"]), ("reference", record["reference"]), ("windows", f"{len(scan.table)}, every {scan.step:g} s; {judged.mean():.1%} judged"), *([("scan", "stopped before its end")] if scan.about.get("state") == "stopped" else []),
              *((f"not judged: {k}", f"{n} windows") for k, n in reasons.items()), ("gaps in the file", f"{len(scan.gaps)}, {clock(sum(b - a for a, b in scan.gaps))} in all" if scan.gaps else "none"), *((i["kind"], i["detail"]) for i in record["issues"])]
     cell = lambda v: "not judged" if np.isnan(v) else f"{v:.1%} {prevalence(v)}" if v else "none"
     table = [(f"{h.hour + 1:.0f}", f"{h.judged:.0%}", *(cell(getattr(h, c)) for c in CLASSES[:-1])) for h in hours.itertuples()]
@@ -199,8 +199,8 @@ def write_scan(
     high: float = HIGH,  # probability where an event begins
 ) -> list[Path]:  # what was written
     "A scan in every format: CSV, parquet, JSON, events for BIDS and SzCORE, HTML, PDF, and an annotated copy of the recording."
-    folder, events, stem = Path(folder), find_events(scan.table, scan.step, **levels(high)), Path(scan.about["recording"]["file"]).stem
-    names = {k: folder / f"{stem}{tail}" for k, tail in {"bids": "_desc-hms_events.tsv", "szcore": "_szcore.tsv"}.items()} | {k: folder / k for k in ("probabilities.csv", "burden.csv", "summary.json", "report.html", "report.pdf")}
+    folder, events = Path(folder), find_events(scan.table, scan.step, **levels(high))
+    names = {"bids": folder / "recording_desc-hms_events.tsv", "szcore": folder / "recording_szcore.tsv"} | {k: folder / k for k in ("probabilities.csv", "burden.csv", "summary.json", "report.html", "report.pdf")}
     write_table(names["probabilities.csv"], scan.table)
     write_table(names["burden.csv"], burden(scan.table, scan.step, **levels(high)))
     write_bids_events(names["bids"], events, scan)
@@ -209,6 +209,6 @@ def write_scan(
     write_scan_report(names["report.html"], scan, events, high)
     write_scan_pdf(names["report.pdf"], scan, events, high)
     if source:
-        names["annotated"] = folder / f"{stem}_annotated{'.bdf' if Path(source).suffix.lower() == '.bdf' else '.edf'}"
+        names["annotated"] = folder / f"recording_annotated{'.bdf' if Path(source).suffix.lower() == '.bdf' else '.edf'}"
         write_annotated(names["annotated"], source, events)
     return list(names.values())

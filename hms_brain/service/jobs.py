@@ -47,10 +47,11 @@ def own_folder(
 def safe_name(
     name: str | None,  # as the caller wrote it
     i: int = 0,  # number of the file
+    alone: bool = False,  # the recording is this one file
 ) -> str:  # without a folder, letters and digits
-    "A name that is safe on a disk. Files of one recording refer to each other by name, so it is kept where it can be."
+    "A name that is safe on a disk. Files of one recording refer to each other by name, so it is kept where it can be; that of a file alone, often a patient's, is not."
     name = (name or "").replace("\\", "/").rsplit("/", 1)[-1]
-    if re.fullmatch(r"\w[\w .+-]{0,120}", name, re.ASCII): return name
+    if not alone and re.fullmatch(r"\w[\w .+-]{0,120}", name, re.ASCII): return name
     return f"recording{i}" + ("".join(re.findall(r"\.\w{1,12}$", name, re.ASCII)))
 
 # %% ../../nbs/81_service.jobs.ipynb #b83fbb6b

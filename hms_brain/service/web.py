@@ -158,7 +158,7 @@ def keep_files(
 ) -> Path:  # the file to open
     "Write uploads into a folder. Raises HTTPException."
     if not 1 <= len(files) <= 8: raise HTTPException(422, "give 1 to 8 files of one recording")
-    paths = [folder / safe_name(f.filename, i) for i, f in enumerate(files)]
+    paths = [folder / safe_name(f.filename, i, len(files) == 1) for i, f in enumerate(files)]
     if len(set(paths)) < len(paths): raise HTTPException(422, "two files have the same name")
     try:
         for file, path in zip(files, paths):
