@@ -11,6 +11,7 @@ __all__ = ['SCAN_PAGE', 'write_table', 'write_bids_events', 'write_bids', 'write
 # %% ../nbs/73_reports.ipynb #da343c63
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -149,7 +150,7 @@ def write_scan_pdf(
     high: float = HIGH,  # probability where they begin
 ):
     "One or two printed pages of a scan."
-    from matplotlib.backends.backend_pdf import PdfPages
+    from io import BytesIO
     from matplotlib.figure import Figure
     told, (edges, shares) = describe(scan, events, high), scan_bins(scan.table, scan.duration)
     page = Figure(figsize=(8.27, 11.69))
@@ -173,7 +174,8 @@ def write_scan_pdf(
     table(hours, ["hour", "judged", *(CLASS_LABELS[c] for c in CLASSES[:-1])], (0.08, 0.3, 0.86, 0.29))
     table([*told["events"][:14], *([("...", f"{len(told['events'])} in all", "", "", "", "")] if len(told["events"]) > 14 else [])], ["from", "to", "s", "pattern", "mean", "peak"], (0.08, 0.06, 0.86, 0.2))
     page.text(0.08, 0.03, f"bundle {scan.about['bundle']['name']}, sha256 {scan.about['bundle']['sha256'][:16]}; recording {scan.about['recording']['id']}", fontsize=7)
-    with atomic_path(path) as tmp, PdfPages(tmp) as pdf: pdf.savefig(page)
+    page.savefig(printed := BytesIO(), format="pdf")  # matplotlib hides that a disk is full
+    with atomic_path(path) as tmp: tmp.write_bytes(printed.getvalue())
 
 # %% ../nbs/73_reports.ipynb #dcd96273
 def write_annotated(
@@ -189,7 +191,8 @@ def write_annotated(
     try:
         write_edf(plain, read_recording(source))
         annotate_edf(plain, path, notes)
-    finally: plain.unlink(missing_ok=True)
+    finally:
+        with suppress(OSError): plain.unlink(missing_ok=True)
 
 # %% ../nbs/73_reports.ipynb #528925dd
 def write_scan(

@@ -81,15 +81,19 @@ class Ledger:
         folder: str | os.PathLike,  # made if absent
     ):
         self.folder = Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self.lock, self.mutex = own_folder(self.folder), threading.Lock()
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self.lock, self.mutex = own_folder(self.folder), threading.Lock()
+        except OSError as e: raise InputError(f"cannot be written ({e.strerror or e})", str(self.folder), "check the folder's permissions") from None
         self.db = sqlite3.connect(self.folder / "jobs.sqlite", check_same_thread=False, isolation_level=None)
         for line in ("PRAGMA journal_mode=WAL", "PRAGMA synchronous=FULL", TABLE): self.db.execute(line)
         take_over(self)
 
     def run(self, statement: str, *values) -> list[tuple]:
-        "One statement, one transaction."
-        with self.mutex: return self.db.execute(statement, values).fetchall()
+        "One statement, one transaction. Raises `InputError` when the disk refuses."
+        try:
+            with self.mutex: return self.db.execute(statement, values).fetchall()
+        except sqlite3.OperationalError as e: raise InputError(f"cannot be written ({e})", str(self.folder / "jobs.sqlite"), "check the free space and the folder's permissions") from e
 
     def place(self) -> Path:  # a new folder, its name is the job's id
         "A folder for the files of a job to come. `add` makes it one; without that the next start removes it."
@@ -169,5 +173,8 @@ def work_through(
 ):
     "Do jobs as they come, until stopped."
     while not stop.is_set():
-        if do_one(ledger, work): after()
+        done = False
+        try: done = do_one(ledger, work)
+        except InputError as e: logging.getLogger(__name__).error("%s", e)  # the disk is full: the job stays where it stands until the next start
+        if done: after()
         else: wake.wait(1.0); wake.clear()
