@@ -31,12 +31,15 @@ TRIES = 5  # a job that was running when the process died so often is not tried 
 
 # %% ../../nbs/81_service.jobs.ipynb #3c871929
 def own_folder(
-    folder: Path,
+    folder: Path,  # made if absent
 ) -> int:  # file descriptor that holds the lock
-    "Take a folder for this process. Raises `InputError` when another has it."
+    "Take a folder for this process. Raises `InputError` when another has it, or the disk refuses."
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        lock = os.open(folder / "lock", os.O_CREAT | os.O_RDWR, 0o600)
+    except OSError as e: raise InputError(f"cannot be written ({e.strerror or e})", str(folder), "check the folder's permissions") from None
     try: import fcntl
-    except ImportError: return -1  # not a POSIX system
-    lock = os.open(folder / "lock", os.O_CREAT | os.O_RDWR, 0o600)
+    except ImportError: return lock  # not a POSIX system: nothing to lock with
     try: fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         os.close(lock)
@@ -81,10 +84,7 @@ class Ledger:
         folder: str | os.PathLike,  # made if absent
     ):
         self.folder = Path(folder)
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            self.lock, self.mutex = own_folder(self.folder), threading.Lock()
-        except OSError as e: raise InputError(f"cannot be written ({e.strerror or e})", str(self.folder), "check the folder's permissions") from None
+        self.lock, self.mutex = own_folder(self.folder), threading.Lock()
         self.db = sqlite3.connect(self.folder / "jobs.sqlite", check_same_thread=False, isolation_level=None)
         for line in ("PRAGMA journal_mode=WAL", "PRAGMA synchronous=FULL", TABLE): self.db.execute(line)
         take_over(self)
