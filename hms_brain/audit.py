@@ -97,7 +97,7 @@ class AuditLog:
     def write(self, kind: str, facts: dict) -> dict:
         "Append one line; the lock is ours."
         line = seal_line({"n": self.n, "at": now(), "kind": kind} | to_jsonable(facts) | {"prev": self.prev}, self.key)
-        if (written := os.write(self.fd, line)) != len(line): raise OSError(28, f"only {written} of {len(line)} bytes were written")
+        if (written := os.write(self.fd, line)) != len(line): raise OSError(28, f"No space left on device: {written} of {len(line)} bytes were written")
         os.fsync(self.fd)
         self.size += len(line)
         self.n, self.prev = self.n + 1, line[-67:-3].decode()

@@ -7,15 +7,15 @@ Docs: https://hms-brain.github.io/hms_brain/core.html.md"""
 # %% auto #0
 __all__ = ['CLASSES', 'CLASS_LABELS', 'VOTE_COLUMNS', 'CHANNELS', 'EKG', 'HMS_COLUMNS', 'REGIONS', 'FS', 'WINDOW_S', 'CONTEXT_S',
            'CENTRE_S', 'NOTICE', 'DEFAULTS', 'mirror_index', 'InputError', 'find_root', 'read_ini', 'did_you_mean',
-           'get_settings', 'setting_path', 'rng_for', 'atomic_path', 'to_jsonable', 'write_json', 'read_json',
-           'sha256_file', 'Registry', 'keep_to_one_core', 'parallel_map']
+           'get_settings', 'setting_path', 'rng_for', 'disk_reason', 'atomic_path', 'to_jsonable', 'write_json',
+           'read_json', 'sha256_file', 'Registry', 'keep_to_one_core', 'parallel_map']
 
 # %% ../nbs/00_core.ipynb #82574faf
 import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from functools import lru_cache
 from pathlib import Path
@@ -150,6 +150,17 @@ def rng_for(
     return np.random.default_rng(np.frombuffer(digest, dtype=np.uint32))
 
 # %% ../nbs/00_core.ipynb #00375c52
+def disk_reason(
+    error: BaseException,
+) -> str | None:  # None: it was not the disk
+    "Why a disk refused, in the system's words."
+    import errno
+    import re
+    if isinstance(error, OSError) and error.strerror: return error.strerror
+    if number := re.search(r"\(os error (\d+)\)", str(error)): return os.strerror(int(number[1]))  # libraries in Rust
+    if re.fullmatch(r"\d+ requested and \d+ written", str(error)): return os.strerror(errno.ENOSPC)  # numpy counts, and does not say why
+    return str(error) if isinstance(error, OSError) else None
+
 @contextmanager
 def atomic_path(
     path: str | os.PathLike,  # the file to write
@@ -165,9 +176,11 @@ def atomic_path(
         fd = os.open(path.parent, os.O_RDONLY)
         try: os.fsync(fd)
         finally: os.close(fd)
-    except OSError as e:
-        raise InputError(f"cannot write it ({e.strerror or e})", str(path), "check the free space and the folder's permissions") from e
-    finally: tmp.unlink(missing_ok=True)
+    except Exception as e:
+        if (reason := disk_reason(e)) is None: raise
+        raise InputError(f"cannot write it ({reason})", str(path), "check the free space and the folder's permissions") from e
+    finally:
+        with suppress(OSError): tmp.unlink(missing_ok=True)
 
 # %% ../nbs/00_core.ipynb #1f06960e
 def to_jsonable(value):

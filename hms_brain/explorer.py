@@ -219,7 +219,7 @@ def open_source(e: Explorer, first: float | None = None):
     e.folder = tempfile.TemporaryDirectory(prefix="hms_dash_")  # it goes with the next
     e.scan = Scan.load(source["scan"]) if source["scan"] else None
     e.reader = open_reader(source["file"], e.folder.name) if source["file"] else None
-    if e.reader and e.scan and abs(e.reader.duration - e.scan.duration) > 1: e.reader = None  # another file of that name
+    if e.reader and e.scan and abs(e.reader.duration - e.scan.duration) > 1: e.reader = None  # an annotated copy that was cut
     length = e.reader.duration if e.reader else e.scan.duration if e.scan else 0.0
     e.opening = True
     c["at"].max, c["at"].value = max(1.0, float(int(length))), 0.0

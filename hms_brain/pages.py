@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .core import CHANNELS, CONTEXT_S, EKG, FS, InputError
+from .core import CHANNELS, CONTEXT_S, EKG, FS, InputError, atomic_path
 from .electrodes import chosen_targets, clean_labels, target_name
 from .formats.edf import OpenEdf, gap_issues, open_edf, read_header, read_piece
 from .formats.sandbox import sniff
@@ -86,7 +86,7 @@ def keep_copy(
     "Decode a recording piece by piece into a flat file. Raises `InputError`."
     issues: list[Issue] = []
     gaps: list[tuple[float, float]] = []
-    with open(copy, "wb") as f:
+    with atomic_path(copy) as tmp, open(tmp, "wb") as f:
         for start in np.arange(0, look.file_duration, PIECE_S):
             r = read_recording(path, start=float(start), duration=PIECE_S, **reading)
             f.seek(round(r.start * FS) * len(look.channels) * 4)

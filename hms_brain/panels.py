@@ -7,9 +7,9 @@ Docs: https://hms-brain.github.io/hms_brain/panels.html.md"""
 # %% auto #0
 __all__ = ['MIME', 'RUN_COLORS', 'RUN_MARKS', 'ANSWERS', 'SUFFIXES', 'STYLE', 'SORRY', 'figure_bundle', 'grid', 'list_runs',
            'minutes', 'run_rows', 'run_look', 'plot_compared', 'plot_pace', 'differing', 'list_answers', 'list_bundles',
-           'list_recordings', 'events_at', 'at_event', 'gpu_sample', 'machine_sample', 'clock_axis', 'plot_machine',
-           'service_sample', 'route_rows', 'plot_service', 'plot_answers', 'plot_drift', 'rule_rows', 'html', 'note',
-           'nothing', 'origin', 'frame', 'draw', 'guarded', 'ticker']
+           'known_id', 'list_recordings', 'events_at', 'at_event', 'gpu_sample', 'machine_sample', 'clock_axis',
+           'plot_machine', 'service_sample', 'route_rows', 'plot_service', 'plot_answers', 'plot_drift', 'rule_rows',
+           'html', 'note', 'nothing', 'origin', 'frame', 'draw', 'guarded', 'ticker']
 
 # %% ../nbs/83_panels.ipynb #51c19525
 import json
@@ -20,6 +20,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -161,6 +162,12 @@ def list_bundles() -> list[tuple[str, Path]]:  # name, folder
 # %% ../nbs/83_panels.ipynb #4865e1d0
 SUFFIXES = (".edf", ".bdf")
 
+@lru_cache(maxsize=1024)
+def known_id(path: Path, size: int, changed: int) -> str:
+    "The identity of a recording's bytes, worked out once as long as the file does not change. A scan knows its recording by it."
+    from hms_brain.formats.sandbox import recording_id
+    return recording_id([path])
+
 def list_recordings(
     folder: str | os.PathLike | None = None,  # of recordings; default: HMS_DASH_RECORDINGS, else [paths] data
     scans: str | os.PathLike | None = None,  # where scans stand; default: [paths] reports
@@ -168,14 +175,16 @@ def list_recordings(
     "What can be looked at."
     import hms_brain
     folder, scans = Path(folder or os.environ.get("HMS_DASH_RECORDINGS") or setting_path("data")), Path(scans or setting_path("reports"))
-    files = [p for p in sorted(folder.glob("*")) if p.suffix.lower() in SUFFIXES and p.is_file()]
+    inside = lambda place: [p for p in sorted(place.glob("*")) if p.suffix.lower() in SUFFIXES and p.is_file()]
+    files = inside(folder)
     found: list[dict] = [{"name": "sample (simulated, 10 min)", "file": Path(hms_brain.__path__[0]) / "assets/sample.edf", "scan": None}, *({"name": p.name, "file": p, "scan": None} for p in files)]
     for ledger in sorted({*scans.glob(f"*/{LEDGER}"), *scans.glob(f"*/*/{LEDGER}")}):
         try: about = Scan.load(ledger.parent).about["recording"]
         except (InputError, OSError, ValueError, KeyError): continue  # not finished
-        name = Path(about["file"]).name
-        near = [*sorted(ledger.parent.glob("*_annotated.*")), *(p / name for p in (ledger.parent, ledger.parent.parent, folder))]
-        found.append({"name": f"scan {ledger.parent.relative_to(scans)}: {name}", "file": next((p for p in near if p.is_file()), None), "scan": ledger.parent})
+        copies = sorted(ledger.parent.glob("*_annotated.*"))
+        near = [*inside(ledger.parent), *inside(ledger.parent.parent), *files]
+        file = copies[0] if copies else next((p for p in near if known_id(p, p.stat().st_size, p.stat().st_mtime_ns) == about["id"]), None)
+        found.append({"name": f"scan {ledger.parent.relative_to(scans)}", "file": file, "scan": ledger.parent})
     return found
 
 # %% ../nbs/83_panels.ipynb #dadc5d7e

@@ -11,6 +11,7 @@ __all__ = ['SCAN_PAGE', 'write_table', 'write_bids_events', 'write_bids', 'write
 # %% ../nbs/73_reports.ipynb #da343c63
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -102,7 +103,7 @@ def describe(
     sentence = f"The durations of electrographic status (ACNS 2021: a run of 10 min, or 12 of any 60 min) {met} by what the model calls seizure: longest run {found['longest_run']:.0f} s, worst hour {found['worst_hour']:.0%}."
     reasons = scan.table.reasons[scan.table.abstained].str.split(":").str[0].value_counts()
     record = scan.about["recording"]
-    facts = [("recording", f"{record['file']}, {clock(scan.duration)}"), ("identity", record["id"]), ("reference", record["reference"]), ("windows", f"{len(scan.table)}, every {scan.step:g} s; {judged.mean():.1%} judged"), *([("scan", "stopped before its end")] if scan.about.get("state") == "stopped" else []),
+    facts = [("length", clock(scan.duration)), ("identity", record["id"]), ("reference", record["reference"]), ("windows", f"{len(scan.table)}, every {scan.step:g} s; {judged.mean():.1%} judged"), *([("scan", "stopped before its end")] if scan.about.get("state") == "stopped" else []),
              *((f"not judged: {k}", f"{n} windows") for k, n in reasons.items()), ("gaps in the file", f"{len(scan.gaps)}, {clock(sum(b - a for a, b in scan.gaps))} in all" if scan.gaps else "none"), *((i["kind"], i["detail"]) for i in record["issues"])]
     cell = lambda v: "not judged" if np.isnan(v) else f"{v:.1%} {prevalence(v)}" if v else "none"
     table = [(f"{h.hour + 1:.0f}", f"{h.judged:.0%}", *(cell(getattr(h, c)) for c in CLASSES[:-1])) for h in hours.itertuples()]
@@ -149,7 +150,7 @@ def write_scan_pdf(
     high: float = HIGH,  # probability where they begin
 ):
     "One or two printed pages of a scan."
-    from matplotlib.backends.backend_pdf import PdfPages
+    from io import BytesIO
     from matplotlib.figure import Figure
     told, (edges, shares) = describe(scan, events, high), scan_bins(scan.table, scan.duration)
     page = Figure(figsize=(8.27, 11.69))
@@ -173,7 +174,8 @@ def write_scan_pdf(
     table(hours, ["hour", "judged", *(CLASS_LABELS[c] for c in CLASSES[:-1])], (0.08, 0.3, 0.86, 0.29))
     table([*told["events"][:14], *([("...", f"{len(told['events'])} in all", "", "", "", "")] if len(told["events"]) > 14 else [])], ["from", "to", "s", "pattern", "mean", "peak"], (0.08, 0.06, 0.86, 0.2))
     page.text(0.08, 0.03, f"bundle {scan.about['bundle']['name']}, sha256 {scan.about['bundle']['sha256'][:16]}; recording {scan.about['recording']['id']}", fontsize=7)
-    with atomic_path(path) as tmp, PdfPages(tmp) as pdf: pdf.savefig(page)
+    page.savefig(printed := BytesIO(), format="pdf")  # matplotlib hides that a disk is full
+    with atomic_path(path) as tmp: tmp.write_bytes(printed.getvalue())
 
 # %% ../nbs/73_reports.ipynb #dcd96273
 def write_annotated(
@@ -189,7 +191,8 @@ def write_annotated(
     try:
         write_edf(plain, read_recording(source))
         annotate_edf(plain, path, notes)
-    finally: plain.unlink(missing_ok=True)
+    finally:
+        with suppress(OSError): plain.unlink(missing_ok=True)
 
 # %% ../nbs/73_reports.ipynb #528925dd
 def write_scan(
@@ -199,8 +202,8 @@ def write_scan(
     high: float = HIGH,  # probability where an event begins
 ) -> list[Path]:  # what was written
     "A scan in every format: CSV, parquet, JSON, events for BIDS and SzCORE, HTML, PDF, and an annotated copy of the recording."
-    folder, events, stem = Path(folder), find_events(scan.table, scan.step, **levels(high)), Path(scan.about["recording"]["file"]).stem
-    names = {k: folder / f"{stem}{tail}" for k, tail in {"bids": "_desc-hms_events.tsv", "szcore": "_szcore.tsv"}.items()} | {k: folder / k for k in ("probabilities.csv", "burden.csv", "summary.json", "report.html", "report.pdf")}
+    folder, events = Path(folder), find_events(scan.table, scan.step, **levels(high))
+    names = {"bids": folder / "recording_desc-hms_events.tsv", "szcore": folder / "recording_szcore.tsv"} | {k: folder / k for k in ("probabilities.csv", "burden.csv", "summary.json", "report.html", "report.pdf")}
     write_table(names["probabilities.csv"], scan.table)
     write_table(names["burden.csv"], burden(scan.table, scan.step, **levels(high)))
     write_bids_events(names["bids"], events, scan)
@@ -209,6 +212,6 @@ def write_scan(
     write_scan_report(names["report.html"], scan, events, high)
     write_scan_pdf(names["report.pdf"], scan, events, high)
     if source:
-        names["annotated"] = folder / f"{stem}_annotated{'.bdf' if Path(source).suffix.lower() == '.bdf' else '.edf'}"
+        names["annotated"] = folder / f"recording_annotated{'.bdf' if Path(source).suffix.lower() == '.bdf' else '.edf'}"
         write_annotated(names["annotated"], source, events)
     return list(names.values())

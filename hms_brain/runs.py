@@ -223,9 +223,10 @@ def run_pipeline(
     if "run" in known and not values.get(INSTEAD.get(command, "")):
         values["run"] = str(Path(values.get("run") or newest_run()).resolve())
         read_run(values["run"])
-    folder = run_folder(command, values)
+    folder, kept = run_folder(command, values), {}
+    if values.get("file"): kept, values["file"] = {"HMS_FILE": os.path.expandvars(str(values["file"]))}, "$HMS_FILE"  # names of recordings are often names of patients
     values["out"] = str(folder)
-    with record_run(folder, pipeline=command, command=shown(command, values), parameters=values), environment(HMS_RUN=str(folder), PYTHONUNBUFFERED="1"):
+    with record_run(folder, pipeline=command, command=shown(command, values), parameters=values), environment(HMS_RUN=str(folder), PYTHONUNBUFFERED="1", **kept):
         execute_notebook(find_pipeline(command), folder, values, quiet)
     if (folder / "tracking.json").is_file():  # what the mirrors show must end with the run
         from hms_brain.tracking import follow

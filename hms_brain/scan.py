@@ -229,7 +229,7 @@ def describe_scan(
     try: r: Recording = read_recording(path, duration=SMALL_S, **reading)
     except InputError: r = read_recording(path, start=0, duration=SMALL_S, **reading)
     issues = [i.to_dict() for i in r.issues if i.kind not in ("gap", "nan")]
-    return {"format": FORMAT, "state": "running", "recording": {"file": path.name, "id": r.id, "duration": r.file_duration, "reference": r.reference, "channel_map": r.channel_map, "issues": issues},
+    return {"format": FORMAT, "state": "running", "recording": {"id": r.id, "duration": r.file_duration, "reference": r.reference, "channel_map": r.channel_map, "issues": issues},
             "bundle": predictor.bundle.identity(), "step": step, "block": block, "reading": reading, "gaps": [], "blocks": {}, "notice": NOTICE}
 
 # %% ../nbs/72_scan.ipynb #a8ba6e03
@@ -270,7 +270,7 @@ def scan_file(
     plan = plan_scan(ledger["recording"]["duration"], step, block)
     left = [k for k in range(len(plan.blocks)) if str(k) not in ledger["blocks"]]
     write_json(out / LEDGER, ledger)
-    bar = tqdm(total=len(plan.firsts), initial=sum(s.stop - s.start for k, s in enumerate(plan.blocks) if k not in left), desc=path.name, unit=" windows", disable=not progress, mininterval=0.5)
+    bar = tqdm(total=len(plan.firsts), initial=sum(s.stop - s.start for k, s in enumerate(plan.blocks) if k not in left), desc="scan", unit=" windows", disable=not progress, mininterval=0.5)
     workers = threads or get_settings().system.threads
     with threadpool_limits(1), bar, ThreadPoolExecutor(workers) as pool:
         try:

@@ -162,6 +162,21 @@ def test_the_explorer_shows_what_the_predictor_says(tmp_path):
     assert e.c["at"].value == 130 and e.c["reasons"].outputs == ()  # of another window
 
 
+def test_a_scan_finds_its_recording_by_the_bytes(tmp_path):
+    "Whatever the file is called now; another of the same length is not taken for it."
+    from hms_brain.exports import write_edf
+    from hms_brain.scan import scan_file
+    from hms_brain.simulate import simulate_recording
+    (tmp_path / "in").mkdir()
+    for k, name in enumerate(("first", "second")): write_edf(tmp_path / f"in/{name}.edf", simulate_recording(seed=k, pattern="gpd", duration=60))
+    scan_file(tmp_path / "in/first.edf", tmp_path / "scans/one", step=20)
+    (tmp_path / "in/first.edf").rename(tmp_path / "in/third.edf")
+    found = {e["name"]: e["file"] for e in list_recordings(tmp_path / "in", tmp_path / "scans")}
+    assert found.pop("scan one") == tmp_path / "in/third.edf" and len(found) == 3
+    (tmp_path / "in/third.edf").unlink()
+    assert {e["name"]: e["file"] for e in list_recordings(tmp_path / "in", tmp_path / "scans")}["scan one"] is None
+
+
 def test_a_recording_that_is_none_ends_in_a_line(tmp_path):
     (tmp_path / "bad.edf").write_bytes(b"no EEG at all")
     e = explorer(tmp_path / "bad.edf")

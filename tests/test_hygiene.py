@@ -169,3 +169,13 @@ def test_nothing_of_the_workplace():
     hits = [f"{name}: {w}" for name in tracked if name and (ROOT / name).is_file() and (ROOT / name).suffix in (".py", ".ipynb", ".md", ".toml", ".yml", ".ini", ".lock", "")
             for w in words if w in (ROOT / name).read_text(errors="ignore")]
     assert hits == []
+
+
+def test_tests_that_are_named_exist():
+    "The page on safety names tests; each of the twenty rows has one, or says that it has none."
+    text = "\n".join(source(c) for c in cells(ROOT / "nbs/safety.ipynb"))
+    named = set(re.findall(r"(tests/test_\w+\.py)::(test_\w+)", text))
+    lost = [f"{file}::{name}" for file, name in sorted(named) if not re.search(rf"^def {name}\(", (ROOT / file).read_text() if (ROOT / file).is_file() else "", re.M)]
+    rows = [line for line in text.splitlines() if re.match(r"\| \d+ \|", line)]
+    assert lost == [] and len(named) > 60 and len(rows) == 20
+    assert all("tests/test_" in row or "not shown yet" in row for row in rows)

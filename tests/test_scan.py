@@ -308,7 +308,7 @@ def test_a_killed_worker_loses_nothing(tmp_path, eeg):
 
     thread = threading.Thread(target=kill, daemon=True)
     thread.start()
-    try: ledger = archive.scan_archive(tmp_path / "in", tmp_path / "out", step=2, workers=2)
+    try: ledger = archive.scan_archive(tmp_path / "in", tmp_path / "out", step=2, workers=2, names=True)
     finally: over.set()
     assert killed and ledger["counts"] == {"done": 20, "set_aside": 1, "waiting": 0}
     told = {e["file"]: e for e in ledger["recordings"].values()}

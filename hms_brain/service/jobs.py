@@ -31,12 +31,15 @@ TRIES = 5  # a job that was running when the process died so often is not tried 
 
 # %% ../../nbs/81_service.jobs.ipynb #3c871929
 def own_folder(
-    folder: Path,
+    folder: Path,  # made if absent
 ) -> int:  # file descriptor that holds the lock
-    "Take a folder for this process. Raises `InputError` when another has it."
+    "Take a folder for this process. Raises `InputError` when another has it, or the disk refuses."
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        lock = os.open(folder / "lock", os.O_CREAT | os.O_RDWR, 0o600)
+    except OSError as e: raise InputError(f"cannot be written ({e.strerror or e})", str(folder), "check the folder's permissions") from None
     try: import fcntl
-    except ImportError: return -1  # not a POSIX system
-    lock = os.open(folder / "lock", os.O_CREAT | os.O_RDWR, 0o600)
+    except ImportError: return lock  # not a POSIX system: nothing to lock with
     try: fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         os.close(lock)
@@ -47,10 +50,11 @@ def own_folder(
 def safe_name(
     name: str | None,  # as the caller wrote it
     i: int = 0,  # number of the file
+    alone: bool = False,  # the recording is this one file
 ) -> str:  # without a folder, letters and digits
-    "A name that is safe on a disk. Files of one recording refer to each other by name, so it is kept where it can be."
+    "A name that is safe on a disk. Files of one recording refer to each other by name, so it is kept where it can be; that of a file alone, often a patient's, is not."
     name = (name or "").replace("\\", "/").rsplit("/", 1)[-1]
-    if re.fullmatch(r"\w[\w .+-]{0,120}", name, re.ASCII): return name
+    if not alone and re.fullmatch(r"\w[\w .+-]{0,120}", name, re.ASCII): return name
     return f"recording{i}" + ("".join(re.findall(r"\.\w{1,12}$", name, re.ASCII)))
 
 # %% ../../nbs/81_service.jobs.ipynb #b83fbb6b
@@ -80,15 +84,16 @@ class Ledger:
         folder: str | os.PathLike,  # made if absent
     ):
         self.folder = Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self.lock, self.mutex = own_folder(self.folder), threading.Lock()
         self.db = sqlite3.connect(self.folder / "jobs.sqlite", check_same_thread=False, isolation_level=None)
         for line in ("PRAGMA journal_mode=WAL", "PRAGMA synchronous=FULL", TABLE): self.db.execute(line)
         take_over(self)
 
     def run(self, statement: str, *values) -> list[tuple]:
-        "One statement, one transaction."
-        with self.mutex: return self.db.execute(statement, values).fetchall()
+        "One statement, one transaction. Raises `InputError` when the disk refuses."
+        try:
+            with self.mutex: return self.db.execute(statement, values).fetchall()
+        except sqlite3.OperationalError as e: raise InputError(f"cannot be written ({e})", str(self.folder / "jobs.sqlite"), "check the free space and the folder's permissions") from e
 
     def place(self) -> Path:  # a new folder, its name is the job's id
         "A folder for the files of a job to come. `add` makes it one; without that the next start removes it."
@@ -168,5 +173,8 @@ def work_through(
 ):
     "Do jobs as they come, until stopped."
     while not stop.is_set():
-        if do_one(ledger, work): after()
+        done = False
+        try: done = do_one(ledger, work)
+        except InputError as e: logging.getLogger(__name__).error("%s", e)  # the disk is full: the job stays where it stands until the next start
+        if done: after()
         else: wake.wait(1.0); wake.clear()

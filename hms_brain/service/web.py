@@ -158,7 +158,7 @@ def keep_files(
 ) -> Path:  # the file to open
     "Write uploads into a folder. Raises HTTPException."
     if not 1 <= len(files) <= 8: raise HTTPException(422, "give 1 to 8 files of one recording")
-    paths = [folder / safe_name(f.filename, i) for i, f in enumerate(files)]
+    paths = [folder / safe_name(f.filename, i, len(files) == 1) for i, f in enumerate(files)]
     if len(set(paths)) < len(paths): raise HTTPException(422, "two files have the same name")
     try:
         for file, path in zip(files, paths):
@@ -198,8 +198,9 @@ async def add_job(request: Request, caller: MayPredict, file: list[UploadFile]) 
     state, run = request.app.state, partial(asyncio.get_running_loop().run_in_executor, request.app.state.engine.decoders)
     folder = state.ledger.place()
     try: id = await run(lambda: state.ledger.add(keep_files(file, folder), caller.subject))
-    except BaseException:
+    except BaseException as e:
         shutil.rmtree(folder, ignore_errors=True)
+        if isinstance(e, InputError): raise HTTPException(503, "the job could not be written down", {"Retry-After": "60"}) from None
         raise
     state.wake.set()
     return JSONResponse({"id": id, "state": "waiting"}, 202, {"Location": f"/jobs/{id}"})
