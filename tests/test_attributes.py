@@ -212,7 +212,7 @@ def test_rate_and_side_of_simulated_patterns():
 
 
 def test_side_of_published_lpd(real):
-    "Three LPD windows of a public repository: the louder side is the one that is described. (Its rates: three of six within 0.25 Hz, not asserted.)"
+    "Three LPD windows of a public repository: the louder side is the one that is described. (Their rates are not asserted.)"
     for window in json.loads((real / "attributes/figure_lpd_examples_data.json").read_text()):
         a = measure_attributes(np.array(window["mono_data"]), 100.)
         assert ("left" if a.laterality > 0 else "right") == window["pred_lat"] and f"{window['pred_lat']} sided" in window["verbal_description"]
