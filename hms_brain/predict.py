@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .attributes import acns_term, measure_attributes, typical_rate
+from .attributes import acns_term, measure_attributes
 from .bundle import Bundle, answer_windows, default_bundle
 from .core import CENTRE_S, CLASS_LABELS, CLASSES, CONTEXT_S, FS, NOTICE, InputError, get_settings
 from .preprocess import ModelInput
@@ -74,12 +74,12 @@ def warn(
 # %% ../nbs/71_predict.ipynb #98a6c300
 def read_by_rules(
     x: ModelInput,  # a window that the gate let pass
-) -> dict:  # name, label, because, modifiers; typical rate, its score, the louder side; attributes: JSON types
+) -> dict:  # name, label, because, modifiers; rate, its certainty, the louder side; attributes: JSON types
     "Measure the central ten seconds and name them by the written rules."
     middle, half = x.eeg.shape[1] // 2, int(CENTRE_S * FS / 2)
     centre = x.eeg[:, middle - half:middle + half]
-    a, (rate, score) = measure_attributes(centre), typical_rate(centre)
-    return asdict(acns_term(a)) | {"rate": round(rate, 2), "rate_score": round(score, 2), "side": "left" if a.laterality > 0 else "right"} | {"attributes": {k: round(v, 4) for k, v in a.to_dict().items() if k != "slope"}}
+    a = measure_attributes(centre)
+    return asdict(acns_term(a)) | {"rate": round(a.rate, 2), "rate_score": round(a.certainty, 2), "side": "left" if a.laterality > 0 else "right"} | {"attributes": {k: round(v, 4) for k, v in a.to_dict().items() if k != "slope"}}
 
 def assess(
     bundle: Bundle,  # the model

@@ -1,4 +1,5 @@
 """Measured attributes: what was put in is measured back, nothing breaks them, the written rules decide as written."""
+import itertools
 import json
 import time
 from dataclasses import replace
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import kurtosis
 
-from hms_brain.attributes import RULES, WindowAttributes, acns_term, autocorrelation, leading_cycle, measure_attributes, rate_scores, typical_rate
+from hms_brain.attributes import GRID, RULES, WindowAttributes, acns_term, autocorrelation, fit_rate, leading_cycle, measure_attributes, rate_evidence, rate_probabilities, typical_rate
 from hms_brain.core import CHANNELS, CLASSES, FS, InputError
 from hms_brain.signal import apply_montage, bandpass
 from hms_brain.simulate import simulate, simulate_recording
@@ -160,34 +161,58 @@ def test_the_typical_rate_is_no_fraction_of_itself(rate):
     assert abs(found / rate - 1) < .04 and 0 < score <= 2
 
 
-def test_the_score_of_a_rhythm_is_that_of_its_cycle():
-    r = np.cos(2 * np.pi * 2.0 * np.arange(450) / 100)
-    scores = rate_scores(r, 100.)
-    assert abs(np.geomspace(.4, 12, 260)[scores.argmax()] - 2) < .05 and scores.max() == pytest.approx(2, abs=.02)
-    assert typical_rate(np.zeros((19, 2000))) == (0.0, 0.0)
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from([50., 100., 128., 200., 256., 500.]), st.floats(3, 15))
+def test_there_is_one_rate(seed, fs, seconds):
+    "Both functions give it, whatever the gain, the polarity, and the electrodes that are dead or missing."
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(19, 1)) * 30 * np.sin(2 * np.pi * 2.1 * np.arange(int(fs * seconds)) / fs) + rng.normal(0, 3, (19, int(fs * seconds)))
+    x[rng.choice(19, 3, replace=False)] = rng.choice([0, np.nan])
+    a, (rate, certainty) = measure_attributes(x, fs), typical_rate(x, fs)
+    assert (a.rate, a.certainty) == (rate, certainty) and abs(rate - 2.1) < .1 and 0 < certainty <= 1
+    np.testing.assert_allclose(typical_rate(-7 * x, fs), (rate, certainty), rtol=1e-3)
+
+
+def test_silence_has_no_rate():
+    assert typical_rate(np.zeros((19, 2000))) == (0.0, 0.0) == (measure_attributes(np.zeros((19, 2000))).rate, measure_attributes(np.full((19, 2000), np.nan)).certainty)
     for bad in (np.zeros((18, 2000)), np.zeros((19, 100)), np.zeros(19)):
         with pytest.raises(InputError): typical_rate(bad)
 
 
+def test_evidence_is_how_alike_the_wave_is():
+    "At a whole cycle a sinusoid is itself, at half of one its opposite."
+    evidence = rate_evidence(np.sin(2 * np.pi * 2.0 * np.arange(1000) / 100)[None] * np.arange(1, 17)[:, None], 100.)
+    at = np.abs(GRID - 2).argmin()
+    np.testing.assert_allclose(evidence[at, [0, 2, 6, 9, 10]], [0, -1, 1, -1, 1], atol=.1)
+    assert evidence.shape == (240, 34) and np.allclose(evidence[:, 33], np.log(GRID))
+
+
+def test_a_fit_finds_the_weights_that_made_the_rates():
+    rng = np.random.default_rng(0)
+    evidence, weights = rng.normal(size=(600, len(GRID), 3)), np.array([4., -2., 0.])
+    rates = np.array([rng.choice(GRID, p=p) for p in rate_probabilities(evidence, weights)])
+    found = fit_rate(evidence, rates, decay=0)
+    assert np.corrcoef(found, weights)[0, 1] > .99
+
+
 @pytest.mark.slow
 def test_rate_and_side_of_simulated_patterns():
-    """Ten seconds without artefacts that hold at least six cycles of a clear pattern, 24 patients of each class: the rate is within 0.25 Hz of the typical
-    interval's in eight of ten (five seeds: .81 to .90; goal nine), and the side is right in nine of ten wherever one side clearly has more."""
+    """Ten seconds without artefacts that hold at least six cycles of a clear pattern, 24 patients of each class and nine seeds that no weight was fitted on:
+    the rate is within 0.25 Hz of the typical interval's in nine of ten (a single seed: .86 to .97), and the side is right in nine of ten wherever one side clearly has more."""
     rates, sides = [], []
-    for pattern in ("lpd", "gpd", "lrda", "grda", "seizure"):
-        for patient in range(24):
-            truth = simulate(77, pattern, 30, patient=patient, artefacts=False)
-            cycles = truth.cycles[(truth.cycles >= 10) & (truth.cycles < 20)]
-            if len(cycles) < 6: continue
-            eeg, alone = truth.recording.eeg[:, 2000:4000], (apply_montage(truth.pattern[:, 2000:4000]) ** 2).sum(1)
-            rates.append(abs(typical_rate(eeg)[0] - 1 / np.median(np.diff(cycles))) <= .25)
-            side = np.log(alone[[*range(4), *range(8, 12)]].sum() / alone[[*range(4, 8), *range(12, 16)]].sum())
-            if abs(side) > RULES["lateralized"].limit: sides.append(np.sign(measure_attributes(eeg).laterality) == np.sign(side))
-    assert len(rates) > 100 and np.mean(rates) >= .8 and len(sides) > 50 and np.mean(sides) >= .9
+    for seed, pattern, patient in itertools.product((77, *range(2000, 2008)), ("lpd", "gpd", "lrda", "grda", "seizure"), range(24)):
+        truth = simulate(seed, pattern, 30, patient=patient, artefacts=False)
+        cycles = truth.cycles[(truth.cycles >= 10) & (truth.cycles < 20)]
+        if len(cycles) < 6: continue
+        a, alone = measure_attributes(truth.recording.eeg[:, 2000:4000]), (apply_montage(truth.pattern[:, 2000:4000]) ** 2).sum(1)
+        rates.append(abs(a.rate - 1 / np.median(np.diff(cycles))) <= .25)
+        side = np.log(alone[[*range(4), *range(8, 12)]].sum() / alone[[*range(4, 8), *range(12, 16)]].sum())
+        if abs(side) > RULES["lateralized"].limit: sides.append(np.sign(a.laterality) == np.sign(side))
+    assert len(rates) > 900 and np.mean(rates) >= .9 and len(sides) > 450 and np.mean(sides) >= .9
 
 
 def test_side_of_published_lpd(real):
-    "Three LPD windows of a public repository: the louder side is the one that is described. (Its rates: three of six within 0.25 Hz, not asserted.)"
+    "Three LPD windows of a public repository: the louder side is the one that is described. (Their rates are not asserted.)"
     for window in json.loads((real / "attributes/figure_lpd_examples_data.json").read_text()):
         a = measure_attributes(np.array(window["mono_data"]), 100.)
         assert ("left" if a.laterality > 0 else "right") == window["pred_lat"] and f"{window['pred_lat']} sided" in window["verbal_description"]
