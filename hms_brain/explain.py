@@ -66,7 +66,7 @@ class FromPairs(nn.Module):
 
     def forward(self, pairs: torch.Tensor) -> torch.Tensor:  # (b, 1, 18, 2500) -> (b, 6) log odds
         b = len(pairs)
-        handle = self.banana.register_forward_hook(lambda *_: (pairs, self.alive.expand(b, -1)))
+        handle = self.banana.register_forward_hook(lambda *_: (pairs, self.alive.expand(b, -1, -1)))
         try: answer = self.model(self.eeg.expand(b, -1, -1), None if self.image is None else self.image.expand(b, -1, -1, -1))
         finally: handle.remove()
         return log_odds(answer.logits)

@@ -6,9 +6,10 @@ Docs: https://hms-brain.github.io/hms_brain/quality.html.md"""
 
 # %% auto #0
 __all__ = ['MAX_DEAD', 'FLAT_UV', 'GAP_S', 'MAX_MISSING', 'CLIPPED', 'MAINS_RATIO', 'PLAUSIBLE_UV', 'NOISY_RATIO', 'MUSCLE_RATIO',
-           'UNCORRELATED', 'NOISE', 'IDENTICAL_UV', 'ARTEFACT_UV', 'CLEAR', 'Flag', 'Quality', 'ChannelStats',
-           'share_clipped', 'band_ratios', 'measure', 'names_of', 'bad_channels', 'find_gaps', 'gate', 'check_window',
-           'running', 'band_seconds', 'moments', 'Screen', 'artefact_mask', 'ica_clean', 'wavelet_denoise']
+           'UNCORRELATED', 'NOISE', 'IDENTICAL_UV', 'ARTEFACT_UV', 'BANDS', 'CLEAR', 'Flag', 'Quality', 'ChannelStats',
+           'share_clipped', 'share_at_rails', 'band_seconds', 'band_ratios', 'measure', 'names_of', 'bad_channels',
+           'find_gaps', 'gate', 'check_window', 'running', 'moments', 'Screen', 'artefact_mask', 'ica_clean',
+           'wavelet_denoise']
 
 # %% ../nbs/11_quality.ipynb #4fed3441
 from dataclasses import dataclass
@@ -80,18 +81,46 @@ def share_clipped(
         stays.append(np.pad(pair, ((0, 0), (1, 0))) | np.pad(pair, ((0, 0), (0, 1))))
     return np.where(high[:, 0] > low[:, 0], (stays[0] | stays[1]).mean(-1), 0.0)
 
+def share_at_rails(
+    x: np.ndarray,  # (n_chans, n_times) without NaN
+) -> np.ndarray:  # (n_chans,) at least `share_clipped`
+    "How much of each channel touches its rails, whether it stays there or not: a quick bound."
+    low, high = x.min(-1, keepdims=True), x.max(-1, keepdims=True)
+    near = 1e-5 * (high - low)
+    return (np.count_nonzero(x <= low + near, -1) + np.count_nonzero(x >= high - near, -1)) / x.shape[-1]
+
 # %% ../nbs/11_quality.ipynb #fd64b725
+BANDS = ((1, 10), (30, 45), (1, 40), (49, 51), (59, 61))  # Hz
+
+def band_seconds(
+    x: np.ndarray,  # (19, n_times) without NaN
+    fs: int,  # sampling rate, Hz
+    n: int,  # whole seconds
+) -> np.ndarray:  # (n - 1, 5, 19) power in `BANDS`
+    "The Welch segments of 2 s that begin with each second."
+    from scipy.fft import rfft, rfftfreq
+    from scipy.signal.windows import hann
+    freqs, window, out = rfftfreq(2 * fs, 1 / fs), hann(2 * fs, sym=False).astype(np.float32), []
+    masks = np.stack([(freqs >= a) & (freqs <= b) for a, b in BANDS]).astype(np.float32)
+    segments = np.lib.stride_tricks.sliding_window_view(x, 2 * fs, axis=-1)[:, ::fs][:, :n - 1]
+    for k in range(0, n - 1, 64):
+        part = segments[:, k:k + 64] - segments[:, k:k + 64].mean(-1, keepdims=True)
+        spectrum = rfft(part * window)
+        out.append(np.einsum("csf,bf->sbc", spectrum.real ** 2 + spectrum.imag ** 2, masks, optimize=True))
+    return np.concatenate(out)
+
 def band_ratios(
     x: np.ndarray,  # (n_chans, n_times) without NaN
     fs: float,  # sampling rate, Hz
 ) -> tuple[np.ndarray, np.ndarray]:  # (n_chans,) muscle; (2, n_chans) mains at 50 and 60 Hz
     "Ratios of power in Welch spectra of 2 s."
     from scipy.signal import welch
-    freqs, density = welch(x, fs, nperseg=min(int(2 * fs), x.shape[-1]))
-    def power(low, high): return density[:, (freqs >= low) & (freqs <= high)].sum(-1)
-    tiny = 1e-12
-    mains = np.stack([power(f - 1, f + 1) for f in (50, 60)]) / (power(1, 40) + tiny)
-    return (power(30, 45) / 15) / (power(1, 10) / 9 + tiny), mains
+    tiny, n = 1e-12, x.shape[-1]
+    if fs == int(fs) and n >= 2 * fs and n % fs == 0: slow, fast, wide, *mains = band_seconds(x, int(fs), int(n // fs)).mean(0)
+    else:
+        freqs, density = welch(x, fs, nperseg=min(int(2 * fs), n))
+        slow, fast, wide, *mains = (density[:, (freqs >= a) & (freqs <= b)].sum(-1) for a, b in BANDS)
+    return (fast / 15) / (slow / 9 + tiny), np.stack(mains) / (wide + tiny)
 
 def measure(
     eeg: np.ndarray,  # (19, n_times) raw microvolts, NaN where samples are missing
@@ -209,23 +238,6 @@ def running(
     total = np.concatenate([np.zeros((1, *x.shape[1:])), np.cumsum(x, 0, dtype=np.float64)])
     return total[length:] - total[:-length]
 
-def band_seconds(
-    x: np.ndarray,  # (19, n_times) without NaN
-    fs: int,  # sampling rate, Hz
-    n: int,  # whole seconds
-) -> np.ndarray:  # (n - 1, 5, 19) power at 1-10, 30-45, 1-40, 49-51 and 59-61 Hz
-    "The Welch segments that begin with each second."
-    from scipy.fft import rfft, rfftfreq
-    from scipy.signal.windows import hann
-    freqs, window, out = rfftfreq(2 * fs, 1 / fs), hann(2 * fs, sym=False).astype(np.float32), []
-    masks = np.stack([(freqs >= a) & (freqs <= b) for a, b in ((1, 10), (30, 45), (1, 40), (49, 51), (59, 61))]).astype(np.float32)
-    segments = np.lib.stride_tricks.sliding_window_view(x, 2 * fs, axis=-1)[:, ::fs][:, :n - 1]
-    for k in range(0, n - 1, 64):
-        part = segments[:, k:k + 64] - segments[:, k:k + 64].mean(-1, keepdims=True)
-        spectrum = rfft(part * window)
-        out.append(np.einsum("csf,bf->sbc", spectrum.real ** 2 + spectrum.imag ** 2, masks, optimize=True))
-    return np.concatenate(out)
-
 # %% ../nbs/11_quality.ipynb #5c8eb537
 def moments(
     slow: np.ndarray,  # (19, n_times) microvolts after 0.5-20 Hz
@@ -270,7 +282,8 @@ class Screen:
         "Whether a window is surely sound; only those that begin with a whole second can be."
         second, odd = divmod(first, self.fs)
         if odd or not 0 <= second < len(self.sound) or not self.sound[second]: return False
-        return bool((share_clipped(self.eeg[:, first:first + self.length * self.fs]) <= CLIPPED[0]).all())
+        x = self.eeg[:, first:first + self.length * self.fs]
+        return bool((share_at_rails(x) <= CLIPPED[0]).all() or (share_clipped(x) <= CLIPPED[0]).all())
 
 # %% ../nbs/11_quality.ipynb #aaece04f
 def artefact_mask(
