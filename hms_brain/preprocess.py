@@ -164,7 +164,7 @@ class Stretch:
         self.settings, self.raw, self.begin, self.end, self.dense = settings, raw, begin, begin + raw.shape[1], dense
         self.filled, missing = fill_gaps(raw)
         self.gone = long_gaps(missing)
-        self.made, self.lock, margin, half = dict[tuple | float | None, Any](), Lock(), int(MARGIN_S * FS), int(CONTEXT_S * FS / 2)
+        self.made, self.lock, margin, half = dict[tuple, Any](), Lock(), int(MARGIN_S * FS), int(CONTEXT_S * FS / 2)
         self.near = slice(max(0, firsts[0] - begin - margin), firsts[1] - begin + N_WINDOW + margin)
         self.reach = max(begin, firsts[0] + N_WINDOW // 2 - half), min(self.end, firsts[1] + N_WINDOW // 2 + half)
         self.screen = Screen(raw[:, -begin % int(FS):]) if firsts[1] > firsts[0] else None  # for many windows
@@ -175,23 +175,25 @@ class Stretch:
         if self.screen and self.screen(cut - -self.begin % int(FS)): return Quality((), False, ())
         return check_window(self.raw[:, max(cut, 0):cut + N_WINDOW])
 
-    def bands(self, mains: float | None = None) -> tuple[np.ndarray, np.ndarray]:  # (19, near) clipped EEG; (19, n) for spectrograms, NaN in long gaps
-        "The two bands, made at the first request."
-        s, mains = self.settings, mains if self.settings.notch == "auto" else None
+    def band(self,
+        wide: bool,  # for spectrograms; False: for the network that reads the signal
+        mains: float | None = None,  # Hz to notch
+    ) -> np.ndarray:  # (19, n), NaN in long gaps; or (19, near), clipped
+        "One of the two bands, made at the first request."
+        s, key = self.settings, (wide, mains if self.settings.notch == "auto" else None)
         with self.lock:
-            if mains not in self.made:
-                x = notch(self.filled, mains) if mains else self.filled
-                wide = bandpass(x, s.spec_low, s.spec_high, FS, s.order)
-                wide[self.gone] = np.nan
-                slow = clip(bandpass(x[:, self.near], s.low, s.high, FS, s.order), s.clip_uv)
-                slow[np.abs(slow) < DEAD_UV] = 0
-                self.made[mains] = slow, wide
-            return self.made[mains]
+            if key not in self.made:
+                x = notch(self.filled, key[1]) if key[1] else self.filled
+                if wide: y = bandpass(x, s.spec_low, s.spec_high, FS, s.order)
+                else: y = clip(bandpass(x[:, self.near], s.low, s.high, FS, s.order), s.clip_uv)
+                y[self.gone if wide else np.abs(y) < DEAD_UV] = np.nan if wide else 0
+                self.made[key] = y
+            return self.made[key]
 
     def columns(self, middle: int, mains: float | None = None) -> tuple[int, np.ndarray]:  # sample where the first column begins; power (4, 100, n_cols)
         "The columns that lie on the grid of one window's centre, made at the first request."
-        step, wide = int(SPEC_STEP * FS), self.bands(mains)[1]
-        key = (mains if self.settings.notch == "auto" else None, middle % step)
+        step, wide = int(SPEC_STEP * FS), self.band(True, mains)
+        key = ("columns", mains if self.settings.notch == "auto" else None, middle % step)
         with self.lock:
             if key not in self.made:
                 start = self.reach[0] + (middle - self.reach[0]) % step
@@ -212,7 +214,7 @@ class Stretch:
     ) -> np.ndarray:  # (19, n) uV, 0 where there is no data
         "Cut a part as a network hears it."
         cut = first - self.begin
-        eeg = placed(self.bands(mains)[0], cut - self.near.start, n=n)
+        eeg = placed(self.band(False, mains), cut - self.near.start, n=n)
         eeg[placed(self.gone, cut, True, n)] = 0
         return eeg
 
@@ -223,7 +225,7 @@ def fine_panels(
     run: Callable[..., Iterable] = map,  # or that of a pool
 ) -> SharedPanels:
     "The columns of the two fine panels, made at the first request."
-    wide = stretch.bands(mains)[1]
+    wide = stretch.band(True, mains)
     with stretch.lock:
         if (key := (id(wide), "fine")) not in stretch.made: stretch.made[key] = SharedPanels(wide[:, stretch.near], run)
         return stretch.made[key]
@@ -253,7 +255,7 @@ def window_image(
     "Draw what surrounds a window."
     cut = first - stretch.begin
     if stretch.dense and context is None and not placed(stretch.gone, cut, True).any(): return shared_image(stretch, first, mains)
-    return regional_image(placed(stretch.bands(mains)[1], cut, np.nan), *(context or stretch.context(first + N_WINDOW // 2, mains)))
+    return regional_image(placed(stretch.band(True, mains), cut, np.nan), *(context or stretch.context(first + N_WINDOW // 2, mains)))
 
 # %% ../nbs/15_preprocess.ipynb #841bf614
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ Docs: https://hms-brain.github.io/hms_brain/scan.html.md"""
 # %% auto #0
 __all__ = ['BLOCK_S', 'MIN_STEP', 'DENSE_S', 'LONG_S', 'SMALL_S', 'SHARED', 'HALO', 'FORMAT', 'LEDGER', 'TABLE', 'BLOCKS', 'Plan',
            'plan_scan', 'Piece', 'read_span', 'read_pieces', 'ahead', 'answer_each', 'answer_shared', 'answer',
-           'shares', 'answer_block', 'Scan', 'describe_scan', 'open_ledger', 'scan_file', 'keep_block', 'finish']
+           'shares', 'make_stretch', 'answer_block', 'Scan', 'describe_scan', 'open_ledger', 'scan_file', 'keep_block',
+           'finish']
 
 # %% ../nbs/72_scan.ipynb #8b397444
 import os
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from .bundle import HALO_S, share_frames
-from .core import CLASSES, CONTEXT_S, FS, NOTICE, InputError, atomic_path, get_settings, read_json, sha256_file, write_json
+from .core import CLASSES, CONTEXT_S, FS, NOTICE, WINDOW_S, InputError, atomic_path, get_settings, read_json, sha256_file, write_json
 from .predict import Predictor, as_votes
 from .models.core import SHARED_S
 from .preprocess import MARGIN_S, N_WINDOW, Stretch, fine_panels, noticed, window_image, window_start
@@ -41,9 +42,9 @@ class Plan(NamedTuple):
     firsts: np.ndarray  # (n_windows,) samples where the windows begin
     blocks: list[slice]  # of `firsts`
 
-    def span(self, block: slice) -> tuple[int, int]:  # samples of the recording
-        "What a block needs to read."
-        reach, ends = int((CONTEXT_S / 2 + MARGIN_S) * FS), self.firsts[block][[0, -1]] + N_WINDOW // 2
+    def span(self, block: slice, around: float = CONTEXT_S) -> tuple[int, int]:  # samples of the recording
+        "What a block needs to read, with so many seconds around the centre of each window."
+        reach, ends = int((around / 2 + MARGIN_S) * FS), self.firsts[block][[0, -1]] + N_WINDOW // 2
         return max(0, int(ends[0]) - reach), min(self.n_times, int(ends[1]) + reach)
 
 # %% ../nbs/72_scan.ipynb #1c176a84
@@ -160,6 +161,18 @@ def shares(predictor: Predictor, stretch: Stretch) -> bool:
     return stretch.dense and bool(predictor.bundle.halves)
 
 # %% ../nbs/72_scan.ipynb #1c788720
+def make_stretch(
+    predictor: Predictor,
+    piece: Piece,
+    firsts: np.ndarray,  # samples where the windows of the block begin
+) -> Stretch:
+    "Filter a block for its windows."
+    dense = len(firsts) >= 8 and firsts[1] - firsts[0] <= DENSE_S * FS
+    stretch = Stretch(predictor.preprocess, piece.signal, piece.begin, (int(firsts[0]), int(firsts[-1])), dense)
+    stretch.band(False)
+    if "image" in predictor.bundle.inputs: stretch.columns(int(firsts[0]) + N_WINDOW // 2)
+    return stretch
+
 def answer_block(
     predictor: Predictor,
     piece: Piece,
@@ -167,14 +180,12 @@ def answer_block(
     n_times: int,  # samples of the recording
     pool: ThreadPoolExecutor,
     tell=lambda new: None,  # called with rows as they come; may raise to stop
+    stretch: Stretch | None = None,  # of `make_stretch`
 ) -> "pd.DataFrame":  # one row per window
     "Classify the windows of one block."
     import pandas as pd
-    dense = len(firsts) >= 8 and firsts[1] - firsts[0] <= DENSE_S * FS
-    stretch = Stretch(predictor.preprocess, piece.signal, piece.begin, (int(firsts[0]), int(firsts[-1])), dense)
-    if "image" in predictor.bundle.inputs:
-        stretch.columns(int(firsts[0]) + N_WINDOW // 2)
-        if dense: fine_panels(stretch, run=pool.map)
+    stretch = stretch or make_stretch(predictor, piece, firsts)
+    if "image" in predictor.bundle.inputs and stretch.dense: fine_panels(stretch, run=pool.map)
     size = SHARED if shares(predictor, stretch) else BATCH
     tasks = [pool.submit(answer, predictor, stretch, firsts[k:k + size].tolist(), n_times, piece.lost) for k in range(0, len(firsts), size)]
     rows = []
@@ -271,12 +282,13 @@ def scan_file(
     left = [k for k in range(len(plan.blocks)) if str(k) not in ledger["blocks"]]
     write_json(out / LEDGER, ledger)
     bar = tqdm(total=len(plan.firsts), initial=sum(s.stop - s.start for k, s in enumerate(plan.blocks) if k not in left), desc="scan", unit=" windows", disable=not progress, mininterval=0.5)
-    workers = threads or get_settings().system.threads
+    workers, around = threads or get_settings().system.threads, CONTEXT_S if "image" in predictor.bundle.inputs else WINDOW_S
     with threadpool_limits(1), bar, ThreadPoolExecutor(workers) as pool:
         try:
-            for k, piece in zip(left, ahead(read_pieces(path, [plan.span(plan.blocks[k]) for k in left], **reading))):
+            pieces = read_pieces(path, [plan.span(plan.blocks[k], around) for k in left], **reading)
+            for k, (piece, stretch) in zip(left, ahead((piece, make_stretch(predictor, piece, plan.firsts[plan.blocks[k]])) for k, piece in zip(left, pieces))):
                 if piece.id not in ("", ledger["recording"]["id"]): raise InputError("has changed since the scan began", path, "scan it again into another folder")
-                table = answer_block(predictor, piece, plan.firsts[plan.blocks[k]], plan.n_times, pool, lambda new: bar.update(len(new)))
+                table = answer_block(predictor, piece, plan.firsts[plan.blocks[k]], plan.n_times, pool, lambda new: bar.update(len(new)), stretch)
                 keep_block(out, ledger, k, table, piece)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"interrupted; {len(ledger['blocks'])} of {len(plan.blocks)} blocks are kept in {out}: the same command goes on from there") from None
