@@ -123,7 +123,7 @@ def scan_row(name: str, what: str, ours: tuple[float, float], peer_name: str, pe
 
 # %% ../nbs/88_bench_scan.ipynb #02f4ce20
 def measure_scan(
-    minutes: float = 15.0,  # length of the simulated recording
+    minutes: float = 60.0,  # length of the simulated recording
     step: float = 2.0,  # s
     n: int = 12,  # windows that a peer is timed on
 ) -> list[dict]:  # rows with seconds per hour of EEG
