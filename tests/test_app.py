@@ -425,6 +425,7 @@ def test_gap(tab, tmp_path, eeg, seconds):
     tab.screenshot(path=SHOTS / "gap_page.png")
 
 
+@pytest.mark.slow
 @needs_browser
 def test_mapping_is_mended_and_names_are_text(tab, tmp_path, eeg):
     "Names that would run as scripts are shown as they are; a channel with an odd name gets its place back."
