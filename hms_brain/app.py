@@ -340,8 +340,9 @@ def page_beside(
 ) -> Iterator["FastAPI"]:
     "The page at `/app`, for the service to have beside it; what was opened goes when the service ends. Raises `InputError`."
     check_app(host or get_settings().deployment.host)
+    from hms_brain.service.web import PAGE
     sessions = Sessions()
-    try: yield create_app(sessions, path="/app")
+    try: yield create_app(sessions, path=PAGE)
     finally: sessions.close_all()
 
 # %% ../nbs/82_app.ipynb #6d852c21

@@ -183,9 +183,9 @@ class Stretch:
         s, key = self.settings, (wide, mains if self.settings.notch == "auto" else None)
         with self.lock:
             if key not in self.made:
-                x = notch(self.filled, key[1]) if key[1] else self.filled
-                if wide: y = bandpass(x, s.spec_low, s.spec_high, FS, s.order)
-                else: y = clip(bandpass(x[:, self.near], s.low, s.high, FS, s.order), s.clip_uv)
+                if key[1] and key[1:] not in self.made: self.made[key[1:]] = notch(self.filled, key[1])  # once for both bands
+                x = self.made[key[1:]] if key[1] else self.filled
+                y = bandpass(x, s.spec_low, s.spec_high, FS, s.order) if wide else clip(bandpass(x[:, self.near], s.low, s.high, FS, s.order), s.clip_uv)
                 y[self.gone if wide else np.abs(y) < DEAD_UV] = np.nan if wide else 0
                 self.made[key] = y
             return self.made[key]
