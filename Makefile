@@ -56,8 +56,8 @@ default-bundle: $(VENV)/.ready  ## make the packaged bundle and sample anew: sim
 	rm -rf data/prepared/default outputs/runs/default outputs/runs/default-*
 	$(HMS) simulate data/simulated/default --patients 2000 --seed 0 --short 0.9 --panel 100
 	$(HMS) prepare -p data=data/simulated/default -p cache=data/prepared/default -p folds=10 -p out=outputs/runs/default-prepare
-	$(TRAIN1) -p model=specnet -p epochs=6 -p recipe='$(SHIPPED)' -p out=outputs/runs/default-image & image=$$!; \
-	$(TRAIN1) -p model=resnet1d_gru -p epochs=6 -p recipe='$(SHIPPED)' -p out=outputs/runs/default-eeg && wait $$image
+	$(TRAIN1) -p model=specnet -p epochs=8 -p recipe='$(SHIPPED)' -p out=outputs/runs/default-image & image=$$!; \
+	$(TRAIN1) -p model=resnet1d_gru -p epochs=8 -p recipe='$(SHIPPED)' -p out=outputs/runs/default-eeg && wait $$image
 	$(TRAIN1) -p model=fusion -p settings='$(PARTS)' -p epochs=2 -p recipe='$(SHIPPED)' -p out=outputs/runs/default
 	$(HMS) export outputs/runs/default -p bundle=hms_brain/assets/bundle -p cache=data/prepared/default -p looks=nbs/tutorials/looks.json
 	$(VENV)/bin/python -c 'from hms_brain.exports import write_sample; write_sample("hms_brain/assets/sample.edf")'

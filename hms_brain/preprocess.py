@@ -240,7 +240,7 @@ def shared_image(
     start, power = stretch.columns(middle, mains)
     fine = fine_panels(stretch, mains)
     with stretch.lock:
-        if (same := (id(power), "rows")) not in stretch.made: stretch.made[same] = to_rows(power, FREQS)
+        if (same := (id(power), "rows")) not in stretch.made: stretch.made[same] = to_rows(power, FREQS, np.float32)
         rows, there = stretch.made[same]
     a, b = max(0, (middle - half - start) // step), (min(middle + half, stretch.end) - start) // step
     columns = even_columns((start + step * a + step // 2 - middle) / FS, b - a)

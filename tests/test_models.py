@@ -21,9 +21,9 @@ from stand_ins import Hub, serving
 
 # name -> trainable parameters, width of the embedding, whether mirrored heads give the same answer
 TABLE = {"resnet1d_gru": dict(n_params=283_738, features=128, symmetric=True),
-         "specnet": dict(n_params=196_338, features=192, symmetric=True),
+         "specnet": dict(n_params=194_658, features=192, symmetric=True),
          "effnet": dict(n_params=3_378_694, features=1280, symmetric=False),
-         "fusion": dict(n_params=510_354, features=64, symmetric=True)}
+         "fusion": dict(n_params=508_674, features=64, symmetric=True)}
 names = pytest.mark.parametrize("name", TABLE)
 
 
