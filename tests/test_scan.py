@@ -320,6 +320,31 @@ def test_a_killed_worker_loses_nothing(tmp_path, eeg):
     assert len(before) == 20 and before == {p: p.stat().st_mtime_ns for p in Path(tmp_path / "out").rglob("scan.parquet")}
 
 
+@pytest.mark.slow
+def test_a_cluster_by_its_address(tmp_path, eeg):
+    "The command on a scheduler and two workers that somebody else started; an address where nobody listens is told in one line."
+    pytest.importorskip("distributed")
+    bin = Path(sys.executable).parent
+    for k in range(4): write_edf(tmp_path / "in" / f"{k}.edf", dataclasses.replace(eeg, signal=eeg.signal[:, :12_000] * np.float32(1 - k / 50)))
+    scan = lambda address: subprocess.run([bin / "hms", "scan", tmp_path / "in", "-o", tmp_path / "out", "--cluster", address, "--json"], capture_output=True, text=True, timeout=300)
+    nobody = scan("tcp://127.0.0.1:9")
+    assert nobody.returncode == 2 and "does not answer" in nobody.stderr and "Traceback" not in nobody.stderr
+    told = tmp_path / "scheduler.json"
+    start = lambda *words: subprocess.Popen([bin / "dask", *words, "--scheduler-file", told, "--no-dashboard"], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    cluster = [start("scheduler", "--host", "127.0.0.1", "--port", "0"), *(start("worker", "--nthreads", "1", "--host", "127.0.0.1") for _ in range(2))]
+    try:
+        deadline = time.monotonic() + 60
+        while not told.is_file() and time.monotonic() < deadline: time.sleep(0.1)
+        done = scan(read_json(told)["address"])
+    finally:
+        for process in cluster: process.terminate()
+        for process in cluster: process.wait(30)
+    assert done.returncode == 0, done.stderr
+    ledger = read_json(tmp_path / "out" / "archive.json")
+    assert ledger["counts"] == {"done": 4, "set_aside": 0, "waiting": 0}
+    assert all(len(Scan.load(tmp_path / "out" / folder).table) == 6 for folder in ledger["recordings"])
+
+
 # rates
 
 def same_class(sources, predictor, firsts):
