@@ -12,13 +12,13 @@ __all__ = ['N_WINDOW', 'MARGIN_S', 'MIN_S', 'DEAD_UV', 'VERSION', 'ModelInput', 
 # %% ../nbs/15_preprocess.ipynb #a0123dd7
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
-from threading import Lock
+from threading import RLock
 from typing import Any
 
 import numpy as np
 
 from .core import CENTRE_S, CHANNELS, CONTEXT_S, FS, REGIONS, WINDOW_S, InputError, did_you_mean
-from .quality import GAP_S, MAX_DEAD, Flag, Quality, Screen, check_window
+from .quality import GAP_S, MAX_DEAD, SLOW, Flag, Quality, Screen, check_window
 from .records import Recording, resample
 from .signal import bandpass, clip, fill_gaps, find_runs, notch
 from .spectrogram import FREQS, SPEC_STEP, SharedPanels, draw, even_columns, regional_image, regional_spectrogram, to_rows
@@ -164,42 +164,56 @@ class Stretch:
         self.settings, self.raw, self.begin, self.end, self.dense = settings, raw, begin, begin + raw.shape[1], dense
         self.filled, missing = fill_gaps(raw)
         self.gone = long_gaps(missing)
-        self.made, self.lock, margin, half = dict[tuple, Any](), Lock(), int(MARGIN_S * FS), int(CONTEXT_S * FS / 2)
+        self.made, self.lock, margin, half = dict[tuple, Any](), RLock(), int(MARGIN_S * FS), int(CONTEXT_S * FS / 2)
         self.near = slice(max(0, firsts[0] - begin - margin), firsts[1] - begin + N_WINDOW + margin)
         self.reach = max(begin, firsts[0] + N_WINDOW // 2 - half), min(self.end, firsts[1] + N_WINDOW // 2 + half)
-        self.screen = Screen(raw[:, -begin % int(FS):]) if firsts[1] > firsts[0] else None  # for many windows
+        self.even, slow = -(begin + self.near.start) % int(FS), self.judged()  # sample of `near` where a second of the recording begins
+        self.screen = Screen(raw[:, self.near][:, self.even:], slow=None if slow is None else slow[:, self.even:]) if firsts[1] > firsts[0] else None  # for many windows
+
+    def once(self, key: tuple, make: Callable[[], Any]) -> Any:
+        "What `make` gives, made at the first request."
+        with self.lock:
+            if key not in self.made: self.made[key] = make()
+            return self.made[key]
 
     def judge(self, first: int) -> Quality:  # sample of the recording where a window begins
         "What is wrong with a window. A closer look is taken unless the screen has cleared it."
-        cut = first - self.begin
-        if self.screen and self.screen(cut - -self.begin % int(FS)): return Quality((), False, ())
-        return check_window(self.raw[:, max(cut, 0):cut + N_WINDOW])
+        cut, slow = first - self.begin, self.judged()
+        if self.screen and self.screen(cut - self.near.start - self.even): return Quality((), False, ())
+        here = slice(max(cut, 0) - self.near.start, cut + N_WINDOW - self.near.start)
+        return check_window(self.raw[:, max(cut, 0):cut + N_WINDOW], slow=None if slow is None else slow[:, here])
+
+    def judged(self) -> np.ndarray | None:  # (19, near) uV
+        "The signal that quality is judged by, where the network hears the same band."
+        return self.slow(None) if (self.settings.low, self.settings.high) == SLOW else None
+
+    def clean(self, mains: float | None) -> np.ndarray:  # (19, n) uV, gaps bridged
+        "The signal, or the signal without mains."
+        return self.once(("clean", mains), lambda: notch(self.filled, mains)) if mains else self.filled
+
+    def slow(self, mains: float | None) -> np.ndarray:  # (19, near) uV
+        "The band of the network that reads the signal."
+        s = self.settings
+        return self.once(("slow", mains), lambda: bandpass(self.clean(mains)[:, self.near], s.low, s.high, FS, s.order))
 
     def band(self,
         wide: bool,  # for spectrograms; False: for the network that reads the signal
         mains: float | None = None,  # Hz to notch
     ) -> np.ndarray:  # (19, n), NaN in long gaps; or (19, near), clipped
-        "One of the two bands, made at the first request."
-        s, key = self.settings, (wide, mains if self.settings.notch == "auto" else None)
-        with self.lock:
-            if key not in self.made:
-                if key[1] and key[1:] not in self.made: self.made[key[1:]] = notch(self.filled, key[1])  # once for both bands
-                x = self.made[key[1:]] if key[1] else self.filled
-                y = bandpass(x, s.spec_low, s.spec_high, FS, s.order) if wide else clip(bandpass(x[:, self.near], s.low, s.high, FS, s.order), s.clip_uv)
-                y[self.gone if wide else np.abs(y) < DEAD_UV] = np.nan if wide else 0
-                self.made[key] = y
-            return self.made[key]
+        "One of the two bands."
+        s, mains = self.settings, mains if self.settings.notch == "auto" else None
+        def make() -> np.ndarray:
+            y = bandpass(self.clean(mains), s.spec_low, s.spec_high, FS, s.order) if wide else clip(self.slow(mains), s.clip_uv)
+            y[self.gone if wide else np.abs(y) < DEAD_UV] = np.nan if wide else 0
+            return y
+        return self.once(("band", wide, mains), make)
 
     def columns(self, middle: int, mains: float | None = None) -> tuple[int, np.ndarray]:  # sample where the first column begins; power (4, 100, n_cols)
-        "The columns that lie on the grid of one window's centre, made at the first request."
+        "The columns that lie on the grid of one window's centre."
         step, wide = int(SPEC_STEP * FS), self.band(True, mains)
-        key = ("columns", mains if self.settings.notch == "auto" else None, middle % step)
-        with self.lock:
-            if key not in self.made:
-                start = self.reach[0] + (middle - self.reach[0]) % step
-                at = [(sample - self.begin) / FS for sample in (start, self.reach[1])]
-                self.made[key] = start, regional_spectrogram(wide, FS, None, *at)[1]
-            return self.made[key]
+        start = self.reach[0] + (middle - self.reach[0]) % step
+        at = [(sample - self.begin) / FS for sample in (start, self.reach[1])]
+        return start, self.once(("columns", id(wide), start), lambda: regional_spectrogram(wide, FS, None, *at)[1])
 
     def context(self, middle: int, mains: float | None = None) -> tuple[np.ndarray, np.ndarray]:  # times from the centre, s; power (4, 100, n_cols)
         "What the stretch has within 5 min on both sides of a window's centre."
@@ -224,11 +238,9 @@ def fine_panels(
     mains: float | None = None,  # Hz to notch
     run: Callable[..., Iterable] = map,  # or that of a pool
 ) -> SharedPanels:
-    "The columns of the two fine panels, made at the first request."
+    "The columns of the two fine panels."
     wide = stretch.band(True, mains)
-    with stretch.lock:
-        if (key := (id(wide), "fine")) not in stretch.made: stretch.made[key] = SharedPanels(wide[:, stretch.near], run)
-        return stretch.made[key]
+    return stretch.once(("fine", id(wide)), lambda: SharedPanels(wide[:, stretch.near], run))
 
 def shared_image(
     stretch: Stretch,  # dense
@@ -239,9 +251,7 @@ def shared_image(
     middle, step, half = first + N_WINDOW // 2, int(SPEC_STEP * FS), int(CONTEXT_S * FS / 2)
     start, power = stretch.columns(middle, mains)
     fine = fine_panels(stretch, mains)
-    with stretch.lock:
-        if (same := (id(power), "rows")) not in stretch.made: stretch.made[same] = to_rows(power, FREQS, np.float32)
-        rows, there = stretch.made[same]
+    rows, there = stretch.once(("rows", id(power)), lambda: to_rows(power, FREQS, np.float32))
     a, b = max(0, (middle - half - start) // step), (min(middle + half, stretch.end) - start) // step
     columns = even_columns((start + step * a + step // 2 - middle) / FS, b - a)
     return np.concatenate([draw(rows[..., a:b], there[:, a:b], columns)[None], fine(first - stretch.begin - stretch.near.start)])

@@ -6,10 +6,10 @@ Docs: https://hms-brain.github.io/hms_brain/quality.html.md"""
 
 # %% auto #0
 __all__ = ['MAX_DEAD', 'FLAT_UV', 'GAP_S', 'MAX_MISSING', 'CLIPPED', 'MAINS_RATIO', 'PLAUSIBLE_UV', 'NOISY_RATIO', 'MUSCLE_RATIO',
-           'UNCORRELATED', 'NOISE', 'IDENTICAL_UV', 'ARTEFACT_UV', 'BANDS', 'CLEAR', 'Flag', 'Quality', 'ChannelStats',
-           'share_clipped', 'share_at_rails', 'band_seconds', 'band_ratios', 'measure', 'names_of', 'bad_channels',
-           'find_gaps', 'gate', 'check_window', 'running', 'moments', 'Screen', 'artefact_mask', 'ica_clean',
-           'wavelet_denoise']
+           'UNCORRELATED', 'NOISE', 'IDENTICAL_UV', 'ARTEFACT_UV', 'BANDS', 'SLOW', 'CLEAR', 'Flag', 'Quality',
+           'ChannelStats', 'share_clipped', 'share_at_rails', 'band_seconds', 'band_ratios', 'measure', 'names_of',
+           'bad_channels', 'find_gaps', 'gate', 'check_window', 'running', 'moments', 'Screen', 'artefact_mask',
+           'ica_clean', 'wavelet_denoise']
 
 # %% ../nbs/11_quality.ipynb #4fed3441
 from dataclasses import dataclass
@@ -91,6 +91,7 @@ def share_at_rails(
 
 # %% ../nbs/11_quality.ipynb #fd64b725
 BANDS = ((1, 10), (30, 45), (1, 40), (49, 51), (59, 61))  # Hz
+SLOW = (0.5, 20.0)  # Hz: amplitudes and correlations are judged within
 
 def band_seconds(
     x: np.ndarray,  # (19, n_times) without NaN
@@ -125,13 +126,13 @@ def band_ratios(
 def measure(
     eeg: np.ndarray,  # (19, n_times) raw microvolts, NaN where samples are missing
     fs: float = FS,  # sampling rate, Hz
+    slow: np.ndarray | None = None,  # (19, n_times) the same after `SLOW`, where that is known
 ) -> ChannelStats:
     "Measure every electrode of a window."
     filled, missing = fill_gaps(eeg)
     seconds = max(1, int(filled.shape[-1] / fs))
     cut = np.array_split(filled, seconds, axis=-1)
-    slow = bandpass(filled, 0.5, 20.0, fs, order=4)
-    slow[missing] = 0
+    slow = np.where(missing, np.float32(0), bandpass(filled, *SLOW, fs) if slow is None else slow)
     sd = slow.std(-1)
     unit = (slow - slow.mean(-1, keepdims=True)) / np.maximum(sd, 1e-12)[:, None]
     r = np.abs(unit @ unit.T) / slow.shape[-1]
@@ -210,12 +211,13 @@ def gate(
 def check_window(
     eeg: np.ndarray,  # (19, n_times) raw microvolts, NaN where samples are missing
     fs: float = FS,  # sampling rate, Hz
+    slow: np.ndarray | None = None,  # (19, n_times) the same after `SLOW`, where that is known
 ) -> Quality:
     "Judge a window by what is in it, before any filter. Raises `InputError` for anything but 19 rows and a second of samples."
     eeg = np.asarray(eeg, np.float32)
     if eeg.ndim != 2 or len(eeg) != len(CHANNELS) or eeg.shape[1] < fs:
         raise InputError(f"a window has {len(CHANNELS)} rows and at least {fs:g} samples, not {eeg.shape}")
-    stats = measure(eeg, fs)
+    stats = measure(eeg, fs, slow)
     flags, dead = bad_channels(stats)
     gaps, missing = find_gaps(eeg, dead, fs)
     loud = ~dead & (stats.mains > MAINS_RATIO)
@@ -261,13 +263,14 @@ class Screen:
         eeg: np.ndarray,  # (19, n_times) raw microvolts, NaN where samples are missing
         length: int = 50,  # s of a window
         fs: int = int(FS),  # sampling rate, Hz
+        slow: np.ndarray | None = None,  # (19, n_times) the same after `SLOW`, where that is known
     ):
         self.eeg, self.fs, self.length, n = eeg, fs, length, eeg.shape[1] // fs
         if n < length: self.sound = np.zeros(0, bool); return
         filled, missing = fill_gaps(eeg[:, :n * fs])
         cut = filled.reshape(len(eeg), n, fs)
         still = np.append((filled[:, 1:] == filled[:, :-1]).all(0), False).reshape(n, fs).sum(-1)
-        sd, r, bipolar = moments(bandpass(filled, 0.5, 20.0, fs, order=4), fs, n, length)
+        sd, r, bipolar = moments(bandpass(filled, *SLOW, fs) if slow is None else slow, fs, n, length)
         slow, fast, wide, *mains = (running(band_seconds(filled, fs, n), length - 1) / (length - 1)).transpose(1, 0, 2)
         typical, tiny = np.median(sd, -1), 1e-12
         self.sound = ((running(np.asarray(missing.reshape(len(eeg), n, fs).any((0, 2))), length) == 0) & (running(still, length) <= GAP_S * fs)
