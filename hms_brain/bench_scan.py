@@ -126,6 +126,7 @@ def measure_scan(
     minutes: float = 60.0,  # length of the simulated recording
     step: float = 2.0,  # s
     n: int = 12,  # windows that a peer is timed on
+    repeats: int = 3,  # of everything, in turn; medians count
 ) -> list[dict]:  # rows with seconds per hour of EEG
     "A whole recording against the same network window by window, and against the usual way. Needs torch."
     from threadpoolctl import threadpool_limits
@@ -135,11 +136,15 @@ def measure_scan(
         write_edf(file, recording)
         firsts = plan_scan(60 * minutes, step).firsts
         chosen, windows = [int(w) for w in firsts[np.linspace(0, len(firsts) - 1, n).astype(int)]], 3550 / step + 1
-        dense = sparcnet_hour(file, threads, 4 * n, step)
         for kind, bundle in (("fusion", Bundle.load(default_bundle())), ("compact", compact_bundle())):
-            with threadpool_limits(1): alone = window_hour(Predictor(bundle, threads=threads).warm(), recording, chosen, windows)
-            spent = timed(lambda: scan_file(file, Path(folder) / kind, Predictor(bundle, threads=1), step, threads=threads))  # noqa: B023  called at once
-            ours, what = tuple(t * windows / len(firsts) for t in spent), f"scan of an hour, {kind}, {threads} thread(s)"
+            runs: list[tuple] = []
+            for k in range(repeats):
+                dense = sparcnet_hour(file, threads, 4 * n, step)
+                with threadpool_limits(1): alone = window_hour(Predictor(bundle, threads=threads).warm(), recording, chosen, windows)
+                spent = timed(lambda: scan_file(file, Path(folder) / f"{kind}{k}", Predictor(bundle, threads=1), step, threads=threads))  # noqa: B023  called at once
+                runs.append((dense, alone, tuple(t * windows / len(firsts) for t in spent)))
+            dense, alone, ours = np.median(runs, 0).tolist()
+            what = f"scan of an hour, {kind}, {threads} thread(s), median of {repeats}"
             rows += [scan_row(f"scan_{kind}_vs_windows", what, ours, "the same network per window", alone), scan_row(f"scan_{kind}_vs_sparcnet", what, ours, "MNE and a DenseNet of SPaRCNet's shape", dense)]  # type: ignore[arg-type]
     return rows
 

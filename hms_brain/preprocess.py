@@ -6,7 +6,7 @@ Docs: https://hms-brain.github.io/hms_brain/preprocess.html.md"""
 
 # %% auto #0
 __all__ = ['N_WINDOW', 'MARGIN_S', 'MIN_S', 'DEAD_UV', 'VERSION', 'ModelInput', 'long_gaps', 'placed', 'window_start',
-           'window_centres', 'given_context', 'carried', 'noticed', 'Settings', 'Stretch', 'fine_panels',
+           'window_centres', 'given_context', 'carried', 'noticed', 'Settings', 'Bands', 'Stretch', 'fine_panels',
            'shared_image', 'window_image', 'Preprocess']
 
 # %% ../nbs/15_preprocess.ipynb #a0123dd7
@@ -151,41 +151,23 @@ class Settings:
         for low, high in ((self.low, self.high), (self.spec_low, self.spec_high)):
             if not low < high < FS / 2: raise InputError(f"the band {low:g}-{high:g} Hz is impossible", "preprocessing", f"edges must rise and stay below {FS / 2:g} Hz")
 
-# %% ../nbs/15_preprocess.ipynb #376709ea
-class Stretch:
-    "A part of a recording, filtered once, from which windows are cut. Threads may share it."
+# %% ../nbs/15_preprocess.ipynb #7e4dd4a6
+class Bands:
+    "A part of a recording, filtered when it is asked for, each way once. Threads may share it."
     def __init__(self,
         settings: Settings,
         raw: np.ndarray,  # (19, n) microvolts, NaN where samples are missing
-        begin: int,  # sample of the recording where `raw` begins
-        firsts: tuple[int, int],  # samples of the recording where the first and the last window begin
-        dense: bool = False,  # many windows, a few seconds apart: the columns of their images are shared and interpolated
+        near: slice,  # of the samples that the network which reads the signal needs
     ):
-        self.settings, self.raw, self.begin, self.end, self.dense = settings, raw, begin, begin + raw.shape[1], dense
+        self.settings, self.raw, self.near = settings, raw, near
         self.filled, missing = fill_gaps(raw)
-        self.gone = long_gaps(missing)
-        self.made, self.lock, margin, half = dict[tuple, Any](), RLock(), int(MARGIN_S * FS), int(CONTEXT_S * FS / 2)
-        self.near = slice(max(0, firsts[0] - begin - margin), firsts[1] - begin + N_WINDOW + margin)
-        self.reach = max(begin, firsts[0] + N_WINDOW // 2 - half), min(self.end, firsts[1] + N_WINDOW // 2 + half)
-        self.even, slow = -(begin + self.near.start) % int(FS), self.judged()  # sample of `near` where a second of the recording begins
-        self.screen = Screen(raw[:, self.near][:, self.even:], slow=None if slow is None else slow[:, self.even:]) if firsts[1] > firsts[0] else None  # for many windows
+        self.gone, self.made, self.lock = long_gaps(missing), dict[tuple, Any](), RLock()
 
     def once(self, key: tuple, make: Callable[[], Any]) -> Any:
         "What `make` gives, made at the first request."
         with self.lock:
             if key not in self.made: self.made[key] = make()
             return self.made[key]
-
-    def judge(self, first: int) -> Quality:  # sample of the recording where a window begins
-        "What is wrong with a window. A closer look is taken unless the screen has cleared it."
-        cut, slow = first - self.begin, self.judged()
-        if self.screen and self.screen(cut - self.near.start - self.even): return Quality((), False, ())
-        here = slice(max(cut, 0) - self.near.start, cut + N_WINDOW - self.near.start)
-        return check_window(self.raw[:, max(cut, 0):cut + N_WINDOW], slow=None if slow is None else slow[:, here])
-
-    def judged(self) -> np.ndarray | None:  # (19, near) uV
-        "The signal that quality is judged by, where the network hears the same band."
-        return self.slow(None) if (self.settings.low, self.settings.high) == SLOW else None
 
     def clean(self, mains: float | None) -> np.ndarray:  # (19, n) uV, gaps bridged
         "The signal, or the signal without mains."
@@ -207,6 +189,34 @@ class Stretch:
             y[self.gone if wide else np.abs(y) < DEAD_UV] = np.nan if wide else 0
             return y
         return self.once(("band", wide, mains), make)
+
+# %% ../nbs/15_preprocess.ipynb #376709ea
+class Stretch(Bands):
+    "A part of a recording from which windows are cut."
+    def __init__(self,
+        settings: Settings,
+        raw: np.ndarray,  # (19, n) microvolts, NaN where samples are missing
+        begin: int,  # sample of the recording where `raw` begins
+        firsts: tuple[int, int],  # samples of the recording where the first and the last window begin
+        dense: bool = False,  # many windows, a few seconds apart: the columns of their images are shared and interpolated
+    ):
+        margin, half = int(MARGIN_S * FS), int(CONTEXT_S * FS / 2)
+        super().__init__(settings, raw, slice(max(0, firsts[0] - begin - margin), firsts[1] - begin + N_WINDOW + margin))
+        self.begin, self.end, self.dense = begin, begin + raw.shape[1], dense
+        self.reach = max(begin, firsts[0] + N_WINDOW // 2 - half), min(self.end, firsts[1] + N_WINDOW // 2 + half)
+        self.even, slow = -(begin + self.near.start) % int(FS), self.judged()  # sample of `near` where a second of the recording begins
+        self.screen = Screen(raw[:, self.near][:, self.even:], slow=None if slow is None else slow[:, self.even:]) if firsts[1] > firsts[0] else None  # for many windows
+
+    def judge(self, first: int) -> Quality:  # sample of the recording where a window begins
+        "What is wrong with a window. A closer look is taken unless the screen has cleared it."
+        cut, slow = first - self.begin, self.judged()
+        if self.screen and self.screen(cut - self.near.start - self.even): return Quality((), False, ())
+        here = slice(max(cut, 0) - self.near.start, cut + N_WINDOW - self.near.start)
+        return check_window(self.raw[:, max(cut, 0):cut + N_WINDOW], slow=None if slow is None else slow[:, here])
+
+    def judged(self) -> np.ndarray | None:  # (19, near) uV
+        "The signal that quality is judged by, where the network hears the same band."
+        return self.slow(None) if (self.settings.low, self.settings.high) == SLOW else None
 
     def columns(self, middle: int, mains: float | None = None) -> tuple[int, np.ndarray]:  # sample where the first column begins; power (4, 100, n_cols)
         "The columns that lie on the grid of one window's centre."

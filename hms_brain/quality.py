@@ -7,8 +7,8 @@ Docs: https://hms-brain.github.io/hms_brain/quality.html.md"""
 # %% auto #0
 __all__ = ['MAX_DEAD', 'FLAT_UV', 'GAP_S', 'MAX_MISSING', 'CLIPPED', 'MAINS_RATIO', 'PLAUSIBLE_UV', 'NOISY_RATIO', 'MUSCLE_RATIO',
            'UNCORRELATED', 'NOISE', 'IDENTICAL_UV', 'ARTEFACT_UV', 'BANDS', 'SLOW', 'CLEAR', 'Flag', 'Quality',
-           'ChannelStats', 'share_clipped', 'share_at_rails', 'band_seconds', 'band_ratios', 'measure', 'names_of',
-           'bad_channels', 'find_gaps', 'gate', 'check_window', 'running', 'moments', 'Screen', 'artefact_mask',
+           'ChannelStats', 'share_clipped', 'band_seconds', 'band_ratios', 'measure', 'names_of', 'bad_channels',
+           'find_gaps', 'gate', 'check_window', 'running', 'moments', 'most_clipped', 'Screen', 'artefact_mask',
            'ica_clean', 'wavelet_denoise']
 
 # %% ../nbs/11_quality.ipynb #4fed3441
@@ -80,14 +80,6 @@ def share_clipped(
         pair = rail[:, 1:] & rail[:, :-1]
         stays.append(np.pad(pair, ((0, 0), (1, 0))) | np.pad(pair, ((0, 0), (0, 1))))
     return np.where(high[:, 0] > low[:, 0], (stays[0] | stays[1]).mean(-1), 0.0)
-
-def share_at_rails(
-    x: np.ndarray,  # (n_chans, n_times) without NaN
-) -> np.ndarray:  # (n_chans,) at least `share_clipped`
-    "How much of each channel touches its rails, whether it stays there or not: a quick bound."
-    low, high = x.min(-1, keepdims=True), x.max(-1, keepdims=True)
-    near = 1e-5 * (high - low)
-    return (np.count_nonzero(x <= low + near, -1) + np.count_nonzero(x >= high - near, -1)) / x.shape[-1]
 
 # %% ../nbs/11_quality.ipynb #fd64b725
 BANDS = ((1, 10), (30, 45), (1, 40), (49, 51), (59, 61))  # Hz
@@ -257,6 +249,18 @@ def moments(
     a, b = ([CHANNELS.index(p[i]) for p in MONTAGES["double_banana"]] for i in (0, 1))
     return sd, r.max(-1), np.median(np.sqrt(np.maximum(sd[:, a] ** 2 + sd[:, b] ** 2 - 2 * cov[:, a, b], 0)), -1)
 
+def most_clipped(
+    cut: np.ndarray,  # (19, n, fs) without NaN, in seconds
+    length: int,  # s of a window
+) -> np.ndarray:  # (n - length + 1, 19) at least `share_clipped` of each window
+    "A bound from the samples at the extremes of each second: those of a window lie in seconds that reach the window's extreme."
+    low, high = cut.min(-1), cut.max(-1)
+    near = 1e-5 * (high.max(1) - low.min(1))[:, None]  # at least that of any window
+    def reach(extreme: np.ndarray, samples: np.ndarray) -> np.ndarray:
+        seconds, counts = (np.lib.stride_tricks.sliding_window_view(x, length, axis=1) for x in (extreme, np.count_nonzero(samples, -1)))
+        return np.where(seconds <= seconds.min(-1, keepdims=True) + near[..., None], counts, 0).sum(-1)
+    return (reach(low, cut <= (low + near)[..., None]) + reach(-high, cut >= (high - near)[..., None])).T / (length * cut.shape[-1])
+
 class Screen:
     "Says which windows of a long signal are surely sound, without a closer look."
     def __init__(self,
@@ -273,6 +277,7 @@ class Screen:
         sd, r, bipolar = moments(bandpass(filled, *SLOW, fs) if slow is None else slow, fs, n, length)
         slow, fast, wide, *mains = (running(band_seconds(filled, fs, n), length - 1) / (length - 1)).transpose(1, 0, 2)
         typical, tiny = np.median(sd, -1), 1e-12
+        self.whole: np.ndarray = np.all(most_clipped(cut, length) <= CLIPPED[0], -1)
         self.sound = ((running(np.asarray(missing.reshape(len(eeg), n, fs).any((0, 2))), length) == 0) & (running(still, length) <= GAP_S * fs)
                       & (running((np.ptp(cut, -1) < FLAT_UV).T, length) <= 0.5 * length).all(-1) & (sd < NOISY_RATIO / CLEAR * np.maximum(typical, PLAUSIBLE_UV[0])[:, None]).all(-1)
                       & (r > UNCORRELATED * CLEAR).all(-1) & (np.median(r, -1) > NOISE * CLEAR) & (bipolar > IDENTICAL_UV * CLEAR)
@@ -285,8 +290,7 @@ class Screen:
         "Whether a window is surely sound; only those that begin with a whole second can be."
         second, odd = divmod(first, self.fs)
         if odd or not 0 <= second < len(self.sound) or not self.sound[second]: return False
-        x = self.eeg[:, first:first + self.length * self.fs]
-        return bool((share_at_rails(x) <= CLIPPED[0]).all() or (share_clipped(x) <= CLIPPED[0]).all())
+        return bool(self.whole[second] or (share_clipped(self.eeg[:, first:first + self.length * self.fs]) <= CLIPPED[0]).all())
 
 # %% ../nbs/11_quality.ipynb #aaece04f
 def artefact_mask(

@@ -6,8 +6,8 @@ import pandas as pd
 import pytest
 from scipy.io import loadmat
 
-from hms_brain.core import CHANNELS, FS, InputError
-from hms_brain.quality import artefact_mask, check_window, ica_clean, measure, share_clipped, wavelet_denoise
+from hms_brain.core import CHANNELS, FS, InputError, rng_for
+from hms_brain.quality import artefact_mask, check_window, ica_clean, measure, most_clipped, share_clipped, wavelet_denoise
 from hms_brain.signal import bandpass
 
 T = np.arange(10000) / FS
@@ -165,3 +165,16 @@ def test_wavelet_denoise():
     assert np.isnan(y).sum() == 30 and y.dtype == np.float32
     assert np.nanstd(y - rhythm) < 0.6 * np.nanstd(noisy - rhythm)
     assert wavelet_denoise(head()[:, :777]).shape == (19, 777)
+
+
+@pytest.mark.parametrize("step", [0.0, 0.1, 4.0])
+def test_the_bound_on_clipping_is_one(step):
+    "Never below the exact share, whatever the resolution of the numbers, and no more than the share at the extremes of each second."
+    rng = rng_for(0, "rails")
+    x = np.clip(rng.normal(0, 30, (19, 8000)).cumsum(1) * 0.1, -60, 60).astype(np.float32)
+    x = np.round(x / step) * np.float32(step) if step else x
+    x[3] = 7
+    bound = most_clipped(x.reshape(19, 40, 200), 10)
+    exact = np.stack([share_clipped(x[:, 200 * s:200 * (s + 10)]) for s in range(31)])
+    assert bound.shape == exact.shape and (bound >= exact - 1e-9).all()
+    assert bound[:, 3].min() >= 1 and exact.max() > 0.05 and np.median(bound) < 0.5
