@@ -35,7 +35,7 @@ def seal_line(
 # %% ../nbs/80_audit.ipynb #1df1c2a7
 def open_line(
     line: bytes,  # without the newline
-    key: bytes = b"",
+    key: bytes = b"",  # that the chain is keyed with; empty: none
 ) -> dict | None:  # with the hash; None: the line is not what was written
     "The record of a line, if the hash fits."
     try: record = json.loads(line)
@@ -126,7 +126,7 @@ class AuditLog:
 # %% ../nbs/80_audit.ipynb #ca76ae90
 def read_log(
     path: str | os.PathLike,  # made by `AuditLog`
-    key: bytes = b"",
+    key: bytes = b"",  # that the chain is keyed with; empty: none
 ) -> Iterator[dict]:  # records, checked
     "The records of a log in their order. Raises `InputError` that names the first broken line; a piece without a newline is no record."
     prev, mend = FIRST, "nothing from this line on can be trusted"
@@ -144,7 +144,7 @@ def read_log(
 # %% ../nbs/80_audit.ipynb #112b3b04
 def verify_log(
     path: str | os.PathLike,  # made by `AuditLog`
-    key: bytes = b"",
+    key: bytes = b"",  # that the chain is keyed with; empty: none
     head: str = "",  # hash that was noted elsewhere and must still be in the log
 ) -> tuple[int, str]:  # records, hash of the last
     "Check a whole log. Raises `InputError` that names the first broken line."

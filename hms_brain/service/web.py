@@ -59,7 +59,7 @@ from .tokens import Caller, Terms, read_terms, read_token
 
 # %% ../../nbs/81_service.web.ipynb #c191ddad
 def token_of(
-    connection: HTTPConnection,
+    connection: HTTPConnection,  # request or WebSocket
 ) -> str:  # empty when there is none
     "The token of a request or a WebSocket."
     kind, _, token = connection.headers.get("authorization", "").partition(" ")
@@ -153,7 +153,7 @@ async def predict_batch(request: Request, scale: Scale = None, fs: Rate = None) 
 HEADERS = (".vhdr", ".lay", ".set")  # formats whose header names the other files
 
 def keep_files(
-    files: list[UploadFile],
+    files: list[UploadFile],  # as they came
     folder: Path,  # made for them
 ) -> Path:  # the file to open
     "Write uploads into a folder. Raises HTTPException."
