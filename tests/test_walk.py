@@ -44,9 +44,9 @@ def prose(path):
 
 
 def blocks(path):
-    "Commands of the page's blocks, in order."
-    found = re.findall(r"^```(?:sh)?\n(.*?)^```", prose(path), re.M | re.S)
-    return [line.strip() for block in found for line in block.replace("\\\n", " ").splitlines() if line.strip() and not line.startswith("#")]
+    "The page's blocks of commands, in order."
+    found = re.findall(r"^```(\w*)\n(.*?)^```", prose(path), re.M | re.S)
+    return [[line.strip() for line in block.replace("\\\n", " ").splitlines() if line.strip() and not line.startswith("#")] for language, block in found if language in ("", "sh")]
 
 
 def named(path):
@@ -93,7 +93,7 @@ def known():
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda p: p.stem)
 def test_commands_that_are_named_exist(path, known):
-    lines = [c for c in named(path) + blocks(path) if re.match(r"(hms|make) [a-z]", c) and " | " not in c]
+    lines = [c for c in named(path) + sum(blocks(path), []) if re.match(r"(hms|make) [a-z]", c) and " | " not in c]
     wrong = {c: why for c in lines if (why := complaint(shlex.split(c, comments=True), *known))}
     assert wrong == {}
 
@@ -148,17 +148,20 @@ class Shell:
         self.servers = []
 
 
-def walk(shell, commands):
-    "Run a page's commands in order; servers stay until its end."
+def walk(shell, page):
+    "Run a page's commands in order; servers stay until the end of their block."
     before = dict(BEFORE)
-    for command in commands:
-        bare = " ".join(shlex.split(command, comments=True)) if "$(" not in command else command
-        print(f"{time.strftime('%X')} {bare}", flush=True)
-        if (first := begins(bare, before)): shell.run(before.pop(first))
-        if begins(bare, LEFT_OUT): continue
-        if (server := begins(bare, SERVERS)): shell.serve(command.split("  #")[0], shell.ports[SERVERS[server]])
-        else: shell.run(command)
-    shell.stop()
+    try:
+        for block in blocks(page):
+            for command in block:
+                bare = " ".join(shlex.split(command, comments=True))
+                print(f"{time.strftime('%X')} {bare}", flush=True)
+                if (first := begins(bare, before)): shell.run(before.pop(first))
+                if begins(bare, LEFT_OUT): continue
+                if (server := begins(bare, SERVERS)): shell.serve(bare, shell.ports[SERVERS[server]])
+                else: shell.run(command)
+            shell.stop()
+    finally: shell.stop()
 
 
 @pytest.fixture(scope="module")
@@ -173,11 +176,9 @@ def clone(tmp_path_factory):
 def test_a_newcomers_walk(clone):
     "README, then each tutorial, in one clone; twenty minutes and ten gigabytes where the packages are near."
     shell = Shell(clone)
-    try: walk(shell, blocks(clone / "README.md"))
-    finally: shell.stop()
+    walk(shell, clone / "README.md")
     for path in TUTORIALS:
         again = Shell(clone)
         again.run(". .venv/bin/activate")
-        try: walk(again, blocks(clone / path.relative_to(ROOT)))
-        finally: again.stop()
+        walk(again, clone / path.relative_to(ROOT))
     shell.run(f"python -m pytest -q tests/test_notebooks.py -k '{' or '.join(p.stem for p in TUTORIALS)}'")
