@@ -93,7 +93,7 @@ def known():
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda p: p.stem)
 def test_commands_that_are_named_exist(path, known):
-    lines = [c for c in named(path) + sum(blocks(path), []) if re.match(r"(hms|make) [a-z]", c) and " | " not in c]
+    lines = [c for block in [named(path), *blocks(path)] for c in block if re.match(r"(hms|make) [a-z]", c) and " | " not in c]
     wrong = {c: why for c in lines if (why := complaint(shlex.split(c, comments=True), *known))}
     assert wrong == {}
 
@@ -140,9 +140,9 @@ class Shell:
         raise AssertionError(f"{command} does not answer:\n{(self.clone / 'server.log').read_text()[-3000:]}")
 
     def stop(self):
-        "End the servers as a terminal does."
+        "End the servers."
         for process in self.servers:
-            os.killpg(process.pid, signal.SIGINT)
+            os.killpg(process.pid, signal.SIGTERM)
             try: process.wait(60)
             except subprocess.TimeoutExpired: os.killpg(process.pid, signal.SIGKILL)
         self.servers = []
