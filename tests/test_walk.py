@@ -137,12 +137,12 @@ class Shell:
             try: return urlopen(f"http://127.0.0.1:{port}/", timeout=10).close()
             except HTTPError: return
             except (URLError, OSError): time.sleep(1)
-        raise AssertionError(f"{command} does not answer:\n{(self.clone / 'server.log').read_text()[-3000:]}")
+        raise AssertionError(f"{command} does not answer:\n{(self.clone.parent / 'server.log').read_text()[-3000:]}")
 
     def stop(self):
         "End the servers."
         for process in self.servers:
-            os.killpg(process.pid, signal.SIGTERM)
+            if process.poll() is None: os.killpg(process.pid, signal.SIGTERM)
             try: process.wait(60)
             except subprocess.TimeoutExpired: os.killpg(process.pid, signal.SIGKILL)
         self.servers = []

@@ -46,7 +46,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, HTTPConnection
 
 from .. import __version__
-from ..audit import AuditLog
+from ..audit import AuditLog, log_name
 from ..runtime import BATCH
 from ..core import NOTICE, InputError, get_settings, setting_path
 from ..predict import predict_file, read_around, stored_context
@@ -390,7 +390,7 @@ def serve(
     host, port = host or settings.host, settings.service_port if port is None else port
     terms = read_terms(host)
     sock = listen(host, port)
-    audit = AuditLog(setting_path("audit") / "service.jsonl", terms.secret or b"")
+    audit = AuditLog(setting_path("audit") / log_name("service", terms.secret or b""), terms.secret or b"")
     app = create_app(terms, bundle, audit=audit)
     app.state.page = page
     config = uvicorn.Config(Beside(app, page) if page else app, log_level="warning", access_log=False, proxy_headers=False, server_header=False, timeout_keep_alive=30,
