@@ -23,7 +23,7 @@ from .formats.edf import STAMP, EdfHeader, read_header, record_blocks
 def encode_note(
     onset: float,  # s from the beginning of the recording
     duration: float,  # s
-    text: str,
+    text: str,  # of the note
 ) -> bytes:
     "One timestamped annotation list of EDF+."
     clean = re.sub(r"[\x00-\x1f]", " ", text).strip()

@@ -37,7 +37,8 @@ def list_recordings(
     source: str | os.PathLike,  # folder or pattern
 ) -> dict[str, Path]:  # name of the result's folder -> recording
     "The recordings of an archive. Raises `InputError` when there is none."
-    from hms_brain.formats.sandbox import SUFFIXES
+    from hms_brain.formats.sandbox import SUFFIXES, load_plugins
+    load_plugins()
     known = {s for names in SUFFIXES.values() for s in names.split()} - {".eeg", ".txt"} | {".21e"}
     root = Path(source) if Path(source).is_dir() else Path(os.path.dirname(glob.escape(str(source)).split("[")[0]) or ".")
     found = [p for p in root.rglob("*") if p.suffix.lower() in known] if Path(source).is_dir() else [Path(p) for p in glob.glob(str(source), recursive=True)]

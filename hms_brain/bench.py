@@ -60,7 +60,7 @@ def row(
     ours: Callable[[], object],  # our way
     peer: Callable[[], object] | None = None,  # the usual way
     peer_name: str = "",  # its name
-    repeats: int = 5,
+    repeats: int = 5,  # how often each is timed
 ) -> dict:  # what, seconds, peer, peer_seconds, times_faster
     "Time ours and the peer's one after the other."
     mine = seconds(ours, repeats)
@@ -224,10 +224,10 @@ async def load(
 
 # %% ../nbs/87_bench.ipynb #807b9c95
 def load_row(
-    what: str,
+    what: str,  # name of the row
     url: str,
-    clients: int,
-    seconds: float,
+    clients: int,  # at once
+    seconds: float,  # how long new requests are made
     body: bytes,
     kind: str,  # content type
 ) -> dict:
@@ -315,7 +315,7 @@ def measure_loading() -> list[dict]:  # rows as of `measure`
 
 # %% ../nbs/87_bench.ipynb #7b750271
 def run_stage(
-    name: str,
+    name: str,  # of the stage
     command: list[str],  # without hms
 ) -> dict:  # stage, seconds, cpu_seconds, largest_process_mb
     "Run a command of `hms` and measure it. Raises `InputError` with its last line when it fails."

@@ -33,7 +33,7 @@ from .simulate import simulate_recording
 def sparcnet(
     growth: int = 32,  # channels that a layer adds
     layers: int = 4,  # per block
-    blocks: int = 7,
+    blocks: int = 7,  # of layers
     n: int = 64,  # channels of the first convolution
 ):  # nn.Module: (b, 16, 2000) -> (b, 6)
     "A network of SPaRCNet's published shape (no normalisation, bottlenecks of four times the growth), with random weights. Needs torch."
@@ -151,7 +151,7 @@ def measure_scan(
 # %% ../nbs/88_bench_scan.ipynb #328828ed
 def long_edf(
     path: Path,  # to write
-    hours: float,
+    hours: float,  # its length
 ):
     "Write a plain EDF of 19 channels that repeats ten simulated minutes."
     from edfio import Edf, EdfSignal
@@ -212,7 +212,7 @@ def plain_rows(
 # %% ../nbs/88_bench_scan.ipynb #54c8cdf4
 def keep_rows(
     topic: str,  # a key of `TOPICS`
-    rows: list[dict],
+    rows: list[dict],  # of `row`
 ) -> Path:  # the file
     "Save what was measured, under the time of measurement."
     found = plain_rows(rows)

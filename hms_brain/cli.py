@@ -60,7 +60,7 @@ def predict(
 # %% ../nbs/90_cli.ipynb #4c1eeeba
 def print_archive(
     out: Path,  # folder of the results
-    as_json: bool,
+    as_json: bool,  # one JSON object instead of lines
     **how,  # see `scan_archive`
 ):
     "Scan an archive and say how it went; raises `RunFailed` when recordings were set aside."

@@ -151,7 +151,7 @@ def rng_for(
 
 # %% ../nbs/00_core.ipynb #00375c52
 def disk_reason(
-    error: BaseException,
+    error: BaseException,  # that a writer met
 ) -> str | None:  # None: it was not the disk
     "Why a disk refused, in the system's words."
     import errno

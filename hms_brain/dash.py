@@ -62,7 +62,7 @@ SORRY = "This part could not be shown. The terminal of hms dash says why."
 EXTENSIONS = ["@jupyter-widgets/jupyterlab-manager", "@voila-dashboards/widgets-manager8", "anywidget", "jupyterlab-plotly"]
 
 def dash_config(
-    host: str, port: int,
+    host: str, port: int,  # address to listen on
     token: str,
     hosts: list[str],  # names by which it may be called
     pool: int = 1,  # heated kernels of each page

@@ -125,7 +125,7 @@ def finished_shard(
 # %% ../nbs/20_dataset.ipynb #82eb42e0
 def save_array(
     path: Path,  # .npy
-    array: np.ndarray,
+    array: np.ndarray,  # of any shape
 ) -> dict:  # bytes and sha256
     "Write an array whole or not at all."
     with atomic_path(path) as tmp:

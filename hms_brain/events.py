@@ -56,11 +56,11 @@ def class_runs(
 def find_events(
     table: "pd.DataFrame",  # of a scan
     step: float,  # s between windows
-    high: float = HIGH,
-    low: float = LOW,
+    high: float = HIGH,  # probability at which an event begins
+    low: float = LOW,  # probability below which it ends
     shortest: float = SHORTEST_S,  # s
     merge: float = MERGE_S,  # s between events of one kind that become one
-    kinds: Sequence[str] = CLASSES[:-1],
+    kinds: Sequence[str] = CLASSES[:-1],  # classes that are events
 ) -> list[Event]:  # in the order of their beginnings
     "The events of a scan. A window stands for `step` seconds around its centre."
     found, at = [], table["at"].to_numpy()

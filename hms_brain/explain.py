@@ -148,7 +148,7 @@ def attribute(
 
 # %% ../nbs/60_explain.ipynb #46fd7134
 def attention_of(
-    model: nn.Module,
+    model: nn.Module,  # a network of the house
     eeg: np.ndarray | None = None,  # (19, 10000) uV
     image: np.ndarray | None = None,  # (3, 224, 224)
 ) -> dict[str, np.ndarray]:  # "time" (125,) and "belief" (2, 6) in the signal and in the image, those that the network has

@@ -60,7 +60,7 @@ def answer_text(
 def scan_text(
     scan: Scan,
     events: Sequence,  # of `events_at`
-    threshold: float,
+    threshold: float,  # 0..1, where events begin
 ) -> tuple[str, str]:  # HTML: what was found; events and burden
     "What a scan says."
     from hms_brain.reports import describe

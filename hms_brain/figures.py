@@ -210,7 +210,7 @@ def plot_intervals(
     names: list[str],  # of the rows, from the top
     value: list,  # estimates
     low: list,  # None where unknown
-    high: list,
+    high: list,  # None where unknown
     x: str,  # title of the axis
     line: float | None = None,  # a dotted line: no change, or the whole
     colors: list[str] | None = None,  # of the dots

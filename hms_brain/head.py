@@ -48,7 +48,7 @@ class Head:
 
 def make_head(
     rng: np.random.Generator,
-    n_dipoles: int = 300,
+    n_dipoles: int = 300,  # cortical sources
 ) -> Head:
     "Draw a patient's head: skull conductivity, electrode shifts, folding and hemisphere gain."
     i = np.arange(n_dipoles) + .5
@@ -101,7 +101,7 @@ def coloured_noise(
     rng: np.random.Generator,
     n_times: int,
     amplitude,  # function of frequency in Hz -> amplitude
-    rows: int = 1,
+    rows: int = 1,  # independent of each other
 ) -> np.ndarray:  # (rows, n_times) float32 of unit variance
     "Gaussian noise of a given spectrum."
     n = next_fast_len(n_times, real=True)

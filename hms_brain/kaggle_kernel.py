@@ -150,7 +150,7 @@ run(programs / "hms", "kaggle", "answer", data, "--bundle", bundle, "-o", submis
 
 # %% ../nbs/75_kaggle_kernel.ipynb #1c335b2a
 def kernel_notebook(
-    title: str,
+    title: str,  # of the kernel
     bundle: Bundle,
 ) -> dict:  # a notebook, as JSON
     "The notebook that Kaggle will run."
@@ -167,9 +167,9 @@ NOBODY = "INSERT_USER"  # stands in ids until `push` knows the account
 
 def metadata(
     slug: str,  # of the kernel; its data set's is the same with -files
-    title: str,
+    title: str,  # of the kernel
     user: str,  # Kaggle account
-    competition: str,
+    competition: str,  # its name in addresses
 ) -> tuple[dict, dict]:  # kernel-metadata.json, dataset-metadata.json
     "What the Kaggle client wants to know: private, no GPU, no internet."
     dataset = f"{user}/{slug}-files"

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 MIME = "application/vnd.plotly.v1+json"
 
 def figure_bundle(
-    figure: "Figure",
+    figure: "Figure",  # of plotly
 ) -> dict:  # MIME type -> JSON
     "A figure as an output of a notebook, on transparent ground."
     value = json.loads(figure.to_json())
@@ -258,7 +258,7 @@ def service_sample(
             "turned_away": share("hms_requests_total", {"status": "429"}), "abstained": share("hms_predictions_total", {"predicted": "abstained"})}
 
 def route_rows(
-    now: Samples,
+    now: Samples,  # a look at the metrics
 ) -> list[dict]:  # route, requests, errors, turned away, median ms, 99 % ms
     "What a service did since it began, by route."
     total: dict[str, dict] = {}
@@ -291,7 +291,7 @@ def plot_service(
 
 # %% ../nbs/83_panels.ipynb #04de55b7
 def plot_answers(
-    now: Samples,
+    now: Samples,  # a look at the metrics
 ) -> "Figure":
     "How often each class was answered since the service began, and how often none."
     import plotly.graph_objects as go
@@ -303,7 +303,7 @@ def plot_answers(
     return styled(figure, 280)
 
 def plot_drift(
-    now: Samples,
+    now: Samples,  # a look at the metrics
 ) -> "Figure | None":  # None: too few windows were seen
     "How far recent windows are from the held-out ones of the bundle."
     import plotly.graph_objects as go
@@ -388,7 +388,7 @@ def draw(
 
 def guarded(
     message: "HTML",  # where trouble is told
-    act: Callable[[], Any],
+    act: Callable[[], Any],  # what is to be done
 ) -> Callable[..., None]:  # for `observe`, `on_click` and tickers
     "Act, and tell in a line what went wrong."
     def safely(*_):
@@ -401,7 +401,7 @@ def guarded(
 
 def ticker(
     seconds: float,  # between ticks
-    act: Callable[..., Any],
+    act: Callable[..., Any],  # what is to be done again and again
 ):  # a widget to be displayed, which nobody sees
     "Ask the page to call every few seconds: it stops when the page is closed, and nothing runs meanwhile."
     import anywidget

@@ -103,7 +103,7 @@ def write_page(
 # %% ../nbs/65_report.ipynb #ce9b269b
 def with_interval(
     cell: dict,  # estimate, low, high
-    digits: int = 3,
+    digits: int = 3,  # behind the point
 ) -> str:  # "0.312 (0.290-0.335)"
     "A score and its interval."
     return shown(cell["estimate"], digits) + ("" if cell["low"] is None else f" ({shown(cell['low'], digits)}–{shown(cell['high'], digits)})")
@@ -321,7 +321,7 @@ def map_section(
 
 # %% ../nbs/65_report.ipynb #56eead57
 def card_markdown(
-    title: str,
+    title: str,  # of the card
     facts: Sequence[dict],  # of `fact_rows`
     result: dict,  # of `evaluate`
     failures: Sequence[str],  # of `known_failures`

@@ -25,7 +25,7 @@ from .session import Session, label_table, predict_at
 
 # %% ../nbs/80_results.ipynb #7b8145fd
 def length(
-    seconds: float,
+    seconds: float,  # the length
 ) -> str:  # 1 h 02 min 03 s
     "A length of time for people."
     h, m, s = int(seconds // 3600), int(seconds // 60 % 60), seconds % 60

@@ -178,7 +178,7 @@ def answer_block(
     piece: Piece,
     firsts: np.ndarray,  # samples where the windows of the block begin
     n_times: int,  # samples of the recording
-    pool: ThreadPoolExecutor,
+    pool: ThreadPoolExecutor,  # threads that make images and answer
     tell=lambda new: None,  # called with rows as they come; may raise to stop
     stretch: Stretch | None = None,  # of `make_stretch`
 ) -> "pd.DataFrame":  # one row per window

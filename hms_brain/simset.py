@@ -110,7 +110,7 @@ def raters(
 def cast_votes(
     rng: np.random.Generator,
     probabilities: np.ndarray,  # (6,) of an average expert
-    n_votes: int,
+    n_votes: int,  # how many of the pool vote
     pool: np.ndarray,  # (n_raters, 6) biases
     stratum: str = ">=10",  # how the segment was chosen, a key of CERTAINTY
 ) -> np.ndarray:  # (6,) int64 counts
@@ -176,7 +176,7 @@ def label_clip(
     rng: np.random.Generator,
     sim: Simulated,
     offsets: np.ndarray,  # of a clip's windows in the recording, s
-    stratum: str,
+    stratum: str,  # how the segment was chosen, a key of CERTAINTY
     pool: np.ndarray,  # (n_raters, 6)
     lead_in: float = LEAD_IN,  # s from the recording's start to a window at offset 0
     panel: int = 0,  # experts who vote; 0: as many as the stratum has

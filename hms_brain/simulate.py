@@ -221,7 +221,7 @@ def simulate_recording(
 def stream_chapters(
     seed: int,
     pattern: str,  # what holds at the start, one of CLASSES
-    patient: int | str,
+    patient: int | str,  # who it is: the same is the same head
     chapter: float,  # s
 ) -> Iterator[np.ndarray]:  # (20, chapter * 200) float32 uV
     "Endless consecutive chapters of one patient."

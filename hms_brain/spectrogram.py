@@ -257,7 +257,7 @@ def context_columns(
 @lru_cache(maxsize=512)
 def even_columns(
     first: float,  # time of the first column, s from the window's centre
-    n_cols: int,
+    n_cols: int,  # how many they are
 ):  # sparse (224, n_cols) float32
     "The same for columns without a hole, of which each pixel covers two or three."
     from scipy.sparse import csr_array

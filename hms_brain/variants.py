@@ -131,7 +131,7 @@ def tensorrt_options(
 # %% ../nbs/70_variants.ipynb #e90fc6d5
 def trtexec_command(
     inputs: Sequence[str],  # of the model
-    file: str = "model.trt.onnx",
+    file: str = "model.trt.onnx",  # the graph, beside which the command runs
 ) -> str:
     "The command that builds an engine from the file."
     options = tensorrt_options(inputs, ".")[0][1]
@@ -143,7 +143,7 @@ LIMITS = {"mean_change": 0.01, "same_class": 0.99, "kl_worse": 0.01}
 def speed(
     session,  # of ONNX Runtime, or an `OpenVino`
     feed: Batch,  # at least `BATCH` windows
-    repeats: int = 9,
+    repeats: int = 9,  # how often it is timed
 ) -> dict:  # latency_ms of one window, per_second in batches of `BATCH`
     "How fast one thread answers, in processor time."
     def best(n: int) -> float:

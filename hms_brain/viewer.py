@@ -74,15 +74,15 @@ def problem(
 # %% ../nbs/81_viewer.ipynb #af12377a
 def query_number(
     request,  # starlette Request
-    name: str,
-    default: float,
+    name: str,  # of the field
+    default: float,  # when the field is absent
 ) -> float:
     "A finite number of the query. Raises `InputError`."
     return default if (value := query_maybe(request, name)) is None else value
 
 def query_maybe(
     request,  # starlette Request
-    name: str,
+    name: str,  # of the field
 ) -> float | None:
     "A finite number of the query, if it is there. Raises `InputError`."
     text = request.query_params.get(name)

@@ -35,8 +35,8 @@ def read_samples(
 
 # %% ../nbs/80_watch.ipynb #9597647b
 def chosen(
-    samples: Samples,
-    name: str,
+    samples: Samples,  # a look at the metrics
+    name: str,  # of the metric
     labels: Mapping[str, str],  # label -> pattern
 ) -> dict[frozenset, float]:  # labels -> value
     "The samples of a name whose labels match."
@@ -46,7 +46,7 @@ def chosen(
 # %% ../nbs/80_watch.ipynb #211d2855
 def growth(
     now: Samples, then: Samples,  # two looks
-    name: str, labels: Mapping[str, str],
+    name: str, labels: Mapping[str, str],  # of the metric; label -> pattern
 ) -> dict[frozenset, float]:  # labels -> increase
     "How much counters grew; one that was set back has begun anew."
     old = chosen(then, name, labels)
@@ -54,7 +54,7 @@ def growth(
 
 # %% ../nbs/80_watch.ipynb #41257fe6
 def selector(
-    name: str, labels: Mapping[str, str],
+    name: str, labels: Mapping[str, str],  # of the metric; label -> pattern
 ) -> str:
     "Name and labels in the language of Prometheus."
     return name + ("{" + ",".join(f'{k}=~{json.dumps(v)}' for k, v in labels.items()) + "}" if labels else "")
@@ -266,7 +266,7 @@ def send_webhook(
 def send_mail(
     server: str,  # host:port
     sender: str, to: Sequence[str],  # addresses
-    event: Mapping,
+    event: Mapping,  # what is told
     login: tuple[str, str] | None = None,  # user, password; sent over TLS only
     timeout: float = 10.0,  # s
 ):
@@ -289,7 +289,7 @@ def send_mail(
 # %% ../nbs/80_watch.ipynb #8785ff8f
 def deliver(
     channels: Mapping[str, Callable[[dict], Any]],  # name -> sends an event
-    tries: int = 3,
+    tries: int = 3,  # of each channel
     wait: float = 1.0,  # s before the second try; doubles
 ) -> Callable[[dict], list[str]]:  # for `Watch`
     "Send events by every channel; what fails is returned, never raised."

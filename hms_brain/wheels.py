@@ -134,7 +134,7 @@ def collect_wheels(
 
 # %% ../nbs/74_wheels.ipynb #cccd959b
 def pin(
-    wheels: Iterable[Path],
+    wheels: Iterable[Path],  # files
 ) -> str:  # content of a requirements.txt
     "Names, versions and sha256 of wheels, as `pip install --require-hashes` reads them."
     hashes: dict[str, list[str]] = {}

@@ -1,4 +1,5 @@
 "Readers of files: round trips, real files, and everything that must be refused in one line."
+import importlib
 import json
 import os
 import subprocess
@@ -13,6 +14,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from numpy.testing import assert_allclose
 
 from hms_brain.core import CHANNELS, EKG, InputError, get_settings, rng_for
+from hms_brain.formats import sandbox as door
 from hms_brain.formats.edf import read_header, record_onsets
 from hms_brain.formats.tables import spectrogram_names
 from hms_brain.records import read_context, read_recording
@@ -498,6 +500,65 @@ def test_child_does_not_import_neighbours(tmp_path, monkeypatch):
     path = write(tmp_path, "a.edf", edf(noise(19)))
     monkeypatch.chdir(tmp_path)
     assert read_recording(path.name).n_times == 10_000
+
+
+LAB = """from hms_brain.formats.sandbox import register_format
+from hms_brain.records import Raw
+import numpy as np
+{extra}
+
+@register_format("lab", b"LAB1\\n", ".lab")
+def read_lab(path, request, kind):
+    x = np.frombuffer(path.read_bytes()[5:], "<f4").reshape(19, -1)
+    return Raw({labels}, list(x), [200.0] * 19, ["uV"] * 19, file_duration=x.shape[1] / 200)
+"""
+
+
+@pytest.fixture
+def registered():
+    "What a test registers is forgotten after it."
+    before = dict(door.READERS), dict(door.SUFFIXES), list(door.MAGIC)
+    yield
+    for now, was in zip((door.READERS, door.SUFFIXES, door.MAGIC), before):
+        now.clear()
+        now.extend(was) if isinstance(now, list) else now.update(was)
+
+
+@pytest.mark.parametrize("extra, says", [("", None), ("import no_such_package", "needs the package no_such_package")])
+def test_a_format_from_outside(tmp_path, monkeypatch, registered, extra, says):
+    "A module anywhere on the parent's path reads in the child too; what the child lacks is one line."
+    module = f"lab_{'poor' if extra else 'rich'}"
+    write(tmp_path, f"{module}.py", LAB.format(extra="", labels=list(CHANNELS)).encode())
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.import_module(module)
+    write(tmp_path, f"{module}.py", LAB.format(extra=extra, labels=list(CHANNELS)).encode())
+    x = noise(19)
+    path = write(tmp_path, "a.lab", b"LAB1\n" + x.tobytes())
+    if says: assert says in refused(path)
+    else:
+        recording = read_recording(path)
+        assert_allclose(recording.eeg, x)
+        assert kinds(recording) == {"missing_ekg"} and "format" in kinds(read_recording(write(tmp_path, "a.edf", path.read_bytes())))
+
+
+def test_formats_of_the_house_come_first(registered):
+    def reader(path, request, kind): raise AssertionError
+    for name, magic in (("mine", b"PAR1more"), ("mine", b"0"), ("mine", b""), ("edf", b"MINE")):
+        with pytest.raises(ValueError): door.register_format(name, magic)(reader)
+    door.register_format("mine", b"MINE")(reader)
+    door.register_format("mine", b"MINE2")(reader)
+    assert [m for m, f in door.MAGIC if f == "mine"] == [b"MINE2"]
+
+
+def test_a_broken_plugin_is_a_warning(tmp_path, monkeypatch, registered):
+    about = tmp_path / "lab-1.dist-info"
+    about.mkdir()
+    write(about, "METADATA", b"Metadata-Version: 2.1\nName: lab\nVersion: 1\n")
+    write(about, "entry_points.txt", b"[hms_brain.formats]\nlab = lab_broken\n")
+    write(tmp_path, "lab_broken.py", b"raise RuntimeError('half-installed')")
+    monkeypatch.syspath_prepend(tmp_path)
+    door.load_plugins.cache_clear()
+    with pytest.warns(UserWarning, match="lab_broken.*half-installed"): assert door.sniff(write(tmp_path, "a.csv", b"Fp1,F3\n1,2\n")) == "csv"
 
 
 def test_light_imports():

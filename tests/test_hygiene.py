@@ -103,6 +103,34 @@ def imported(path):
         if isinstance(node, ast.Import): yield from (a.name.removeprefix("hms_brain.") for a in node.names if a.name.startswith("hms_brain."))
 
 
+WORDS = {"rng", "seed", "path", "directory", "where", "n_times", "kind", "app", "url", "host", "port", "token", "body", "threads", "epochs", "batch_size", "patients", "labels",
+         "dist"}  # parameters that are called so mean the same everywhere: a source of chance, a file, where something came from for messages, samples, ...
+
+
+def undocumented(text, nouns):
+    "What lacks words in a module: docstrings of public functions and classes, comments beside parameters that neither a noun of the house nor a word of it explains."
+    lines = text.splitlines()
+    for node in ast.parse(text).body:
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) or node.name.startswith("_"): continue
+        if not ast.get_docstring(node): yield node.name
+        elif len(ast.get_docstring(node).splitlines()) > 1 and not isinstance(node, ast.ClassDef): yield f"{node.name}: more than a line"
+        if isinstance(node, ast.ClassDef) or any("command" in ast.unparse(d) for d in node.decorator_list): continue  # a command's help stands in its types
+        if lines[node.lineno - 1].rstrip()[-1] != "(": continue  # a signature of one line is explained by its docstring
+        for arg in [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]:
+            words = set(re.findall(r"\w+", ast.unparse(arg.annotation))) if arg.annotation else set()
+            if "#" not in lines[arg.end_lineno - 1] and arg.arg not in WORDS and not words & nouns: yield f"{node.name}({arg.arg})"
+
+
+def test_docstrings():
+    "Rule: one line for every public function and class, and beside each parameter what it is."
+    modules = [p for p in sorted((ROOT / "hms_brain").rglob("*.py")) if p.name not in ("_modidx.py", "__init__.py")]
+    texts = {p: p.read_text() for p in modules}
+    nouns = {n.name for text in texts.values() for n in ast.walk(ast.parse(text)) if isinstance(n, ast.ClassDef)}
+    assert {p.name: lacking for p, text in texts.items() if (lacking := list(undocumented(text, nouns)))} == {}
+    bad = 'def f(\n    x: float,\n    fs: float,  # Hz\n    seed: int,\n    run: Run,\n):\n    "Does."\n\ndef g(): pass\n'
+    assert list(undocumented(bad, {"Run"})) == ["f(x)", "g"]
+
+
 def test_layers_point_downwards():
     "Notebooks import notebooks that stand before them: lower numbers, or the same number and an earlier name."
     place = {module_of(p): p.name for p in NBS}

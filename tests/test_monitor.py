@@ -18,7 +18,7 @@ import pytest
 from scipy.stats import ks_2samp
 
 from hms_brain import watch
-from hms_brain.audit import AuditLog, read_log, verify_log
+from hms_brain.audit import AuditLog, log_name, read_log, verify_log
 from hms_brain.batches import SineCache
 from hms_brain.bundle import FILES, Bundle, default_bundle, seal_files
 from hms_brain.core import CLASSES, InputError, get_settings, rng_for
@@ -156,6 +156,15 @@ def test_threads_and_processes_share_a_log(tmp_path):
     for t in threads: t.start()
     for t in threads: t.join()
     assert verify_log(path)[0] == 32
+
+
+def test_a_secret_has_a_log_of_its_own(tmp_path):
+    "A service that ran open and is then given a secret starts, and neither log spoils the other."
+    for key in (b"", b"x" * 32, b"y" * 32, b""):
+        log = AuditLog(tmp_path / log_name("service", key), key)
+        log.add("start")
+        log.close()
+    assert [verify_log(tmp_path / log_name("service", key), key)[0] for key in (b"", b"x" * 32, b"y" * 32)] == [2, 1, 1]
 
 
 WRITER = "import sys; from hms_brain.audit import AuditLog\nlog = AuditLog(sys.argv[1])\nwhile True: print(log.add('answer', text='x' * 3000)['n'], flush=True)"

@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from conftest import ROOT
+from hms_brain.formats.sandbox import MAGIC, READERS, SUFFIXES
 from hms_brain.models.core import MODELS
 
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb")) + sorted((ROOT / "nbs/tutorials").glob("*.ipynb"))
@@ -15,11 +16,13 @@ LONG = {"02_kaggle_from_token_to_submission", "05_serve_and_stream"}  # minutes 
 
 
 def forget_drafts():
-    "A notebook that defines a model registers its own class; what runs after it in this process wants the package's."
+    "A notebook that defines a model or a reader registers its own; what runs after it in this process wants the package's."
     for name, cls in list(MODELS.items()):
         if cls.__module__.startswith("hms_brain"): continue
         del MODELS[name]
         if own := getattr(sys.modules.get(f"hms_brain.models.{name}"), cls.__name__, None): MODELS.register(name)(own)
+    for name in [n for n, reader in READERS.items() if callable(reader)]: del READERS[name], SUFFIXES[name]
+    MAGIC[:] = [(magic, name) for magic, name in MAGIC if name in READERS]
 
 
 @pytest.mark.parametrize("notebook", [pytest.param(p, marks=[pytest.mark.slow] if p.stem in LONG else []) for p in NOTEBOOKS], ids=lambda p: p.stem)

@@ -61,7 +61,7 @@ MAX_CHANNELS, MAX_RECORD_BYTES = 2048, 1 << 26
 def count_records(
     declared: float,  # in the header
     size: int,  # bytes after the header
-    record_bytes: int,
+    record_bytes: int,  # of one record
     where: Path,
 ) -> tuple[int, list[Issue]]:  # whole records in the file
     "How many records there are, from the file's size. Raises `InputError` when there is none."

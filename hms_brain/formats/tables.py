@@ -53,7 +53,7 @@ def rate_from_times(
     return round(fs, 3) if abs(fs - round(fs, 3)) < 1e-3 * fs else fs
 
 def time_column(
-    names: Sequence[str],
+    names: Sequence[str],  # of the columns
 ) -> str | None:
     "The name of the column that holds time, if there is one."
     return next((n for n in names if n.strip().lower() in TIME_NAMES), None)
@@ -164,9 +164,9 @@ def split_header(
 # %% ../../nbs/05_formats.tables.ipynb #eab9f25d
 def first_bad_line(
     path: Path,
-    n_columns: int,
-    delimiter: str,
-    decimal: str,
+    n_columns: int,  # of the first line
+    delimiter: str,  # between columns
+    decimal: str,  # point or comma
 ) -> str:  # a sentence with the line's number
     "Why a text table cannot be read."
     k = 1
@@ -243,8 +243,8 @@ def raw_from_array(
     request: Request,
     where: Path,
     fs: float | None = None,  # Hz
-    labels: Sequence[str] | None = None,
-    unit: str | None = None,
+    labels: Sequence[str] | None = None,  # of the channels; None: the order of HMS
+    unit: str | None = None,  # as written in the file
 ) -> Raw:
     "A `Raw` from an array and what is known about it."
     x = oriented(x, len(labels) if labels else None, where)

@@ -88,7 +88,7 @@ def write_down(
     drift: DriftMonitor | None,  # told of the window
     audit: AuditLog | None,  # told of the answer
     ask: Ask,
-    answer: dict,
+    answer: dict,  # as it was sent
 ):
     "What is kept of an answer after it was sent; a log that cannot be written is an error in the service's log."
     try:

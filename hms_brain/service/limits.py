@@ -25,18 +25,18 @@ from .core import problem
 
 # %% ../../nbs/81_service.limits.ipynb #b70c3faa
 def header(
-    scope: Scope,
+    scope: Scope,  # of the request
     name: bytes,  # lower case
 ) -> str:  # empty when absent
     "A header of a request."
     return next((v.decode("latin-1") for k, v in scope["headers"] if k == name), "")
 
 async def refuse(
-    scope: Scope, receive: Receive, send: Send,
+    scope: Scope, receive: Receive, send: Send,  # of ASGI
     status: int,  # of HTTP
     reason: str,  # one word for the metrics
     detail: str,  # one line for people
-    headers: Mapping[str, str] | None = None,
+    headers: Mapping[str, str] | None = None,  # that are added
 ):
     "Answer with a problem, for HTTP and before a WebSocket is accepted."
     scope["hms_reason"] = reason
@@ -166,7 +166,7 @@ def limit_rate(
 # %% ../../nbs/81_service.limits.ipynb #e2e28093
 def route_of(
     scope: Scope,  # after the routes have seen it
-    known: Collection[str] = frozenset(LIMITS),
+    known: Collection[str] = frozenset(LIMITS),  # routes that are counted by name
 ) -> str:  # e.g. /jobs/{id}
     "The route that a request belongs to; `other` for none."
     route = getattr(scope.get("route"), "path", None)

@@ -80,7 +80,7 @@ class Stream:
 
 # %% ../../nbs/81_service.stream.ipynb #41bb212d
 def read_block(
-    frame: bytes | str,
+    frame: bytes | str,  # as it came
 ) -> tuple[int, np.ndarray] | None:  # number of the first sample, (19, n) float32 uV; None: the caller says that this was all
     "A block of a stream. Raises `InputError` or HTTPException."
     if isinstance(frame, str):

@@ -99,7 +99,7 @@ def make_token(
 
 # %% ../../nbs/81_service.tokens.ipynb #a26cf2f0
 def read_token(
-    secret: bytes,
+    secret: bytes,  # that signs
     token: str,
 ) -> Caller:
     "Check a token. Raises jwt.InvalidTokenError."

@@ -46,7 +46,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, HTTPConnection
 
 from .. import __version__
-from ..audit import AuditLog
+from ..audit import AuditLog, log_name
 from ..runtime import BATCH
 from ..core import NOTICE, InputError, get_settings, setting_path
 from ..predict import predict_file, read_around, stored_context
@@ -59,7 +59,7 @@ from .tokens import Caller, Terms, read_terms, read_token
 
 # %% ../../nbs/81_service.web.ipynb #c191ddad
 def token_of(
-    connection: HTTPConnection,
+    connection: HTTPConnection,  # request or WebSocket
 ) -> str:  # empty when there is none
     "The token of a request or a WebSocket."
     kind, _, token = connection.headers.get("authorization", "").partition(" ")
@@ -153,7 +153,7 @@ async def predict_batch(request: Request, scale: Scale = None, fs: Rate = None) 
 HEADERS = (".vhdr", ".lay", ".set")  # formats whose header names the other files
 
 def keep_files(
-    files: list[UploadFile],
+    files: list[UploadFile],  # as they came
     folder: Path,  # made for them
 ) -> Path:  # the file to open
     "Write uploads into a folder. Raises HTTPException."
@@ -390,7 +390,7 @@ def serve(
     host, port = host or settings.host, settings.service_port if port is None else port
     terms = read_terms(host)
     sock = listen(host, port)
-    audit = AuditLog(setting_path("audit") / "service.jsonl", terms.secret or b"")
+    audit = AuditLog(setting_path("audit") / log_name("service", terms.secret or b""), terms.secret or b"")
     app = create_app(terms, bundle, audit=audit)
     app.state.page = page
     config = uvicorn.Config(Beside(app, page) if page else app, log_level="warning", access_log=False, proxy_headers=False, server_header=False, timeout_keep_alive=30,
