@@ -18,7 +18,7 @@ pytest.importorskip("voila", reason="dashboards need the extra dash")
 
 import httpx  # noqa: E402
 
-from conftest import ROOT  # noqa: E402
+from conftest import ROOT, WAIT_MS, needs_browser  # noqa: E402
 from hms_brain.audit import AuditLog  # noqa: E402
 from hms_brain.core import CLASSES, VOTE_COLUMNS, InputError, rng_for, write_json  # noqa: E402
 from hms_brain.dash import PAGES, allowed_hosts, dash_config, dash_token, dashboards, take_port  # noqa: E402
@@ -29,11 +29,7 @@ from hms_brain.plots import plot_probabilities, plot_scan  # noqa: E402
 from hms_brain.views import VIEWS, Performance, System, Training, score_answers  # noqa: E402
 from hms_brain.watch import acknowledge, alerts  # noqa: E402
 
-CHROMIUM = os.environ.get("HMS_CHROMIUM", "/usr/bin/chromium")
-FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
 SHOTS = ROOT / "outputs/reports/dash"
-WAIT_MS = 240_000  # a busy machine starts kernels slowly
-needs_browser = pytest.mark.skipif(not Path(CHROMIUM).exists(), reason="no chromium (set HMS_CHROMIUM to its path)")
 
 
 def numbers(place):
@@ -244,16 +240,6 @@ def served(home):
     psutil = pytest.importorskip("psutil")
     left = [p.info["cmdline"] for p in psutil.process_iter(["cmdline"]) if any(str(home) in word for word in p.info["cmdline"] or ())]
     assert left == [], "kernels stay behind"
-
-
-@pytest.fixture(scope="module")
-def browser():
-    "Debian's chromium."
-    sync_api = pytest.importorskip("playwright.sync_api", reason="browser tests need playwright")
-    with sync_api.sync_playwright() as p:
-        chromium = p.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield chromium
-        chromium.close()
 
 
 @pytest.fixture
