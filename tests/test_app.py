@@ -28,6 +28,7 @@ from hms_brain.session import Session, explain_at, predict_at, progress, scan_se
 from hms_brain.simulate import simulate_recording
 
 SHOTS = ROOT / "outputs/reports/app"
+LONG_S = max(600, WAIT_MS // 1000)  # of a scan
 
 
 def edf(path, signal, fs, labels, onsets=None):
@@ -130,7 +131,7 @@ def start(tab, step="a window every 30 s"):
 
 def finished(frame):
     "Wait for the end of the scan."
-    until(frame, "!['running', 'waiting'].includes(hmsReader.rows.state)", timeout=600)
+    until(frame, "!['running', 'waiting'].includes(hmsReader.rows.state)", timeout=LONG_S)
     assert frame.evaluate("hmsReader.rows.state") == "done"
 
 
@@ -456,7 +457,7 @@ def test_cancel(tab, tmp_path, eeg):
     give(tab, gap_file(tmp_path / "long.edf", eeg, 1200, 10))
     tab.get_by_text("Sampling rate").wait_for()
     frame = start(tab, "a window every 2 s")
-    until(frame, "hmsReader.rows.n > 0", timeout=WAIT_MS / 1000)
+    until(frame, "hmsReader.rows.n > 0", timeout=LONG_S)
     assert "left" in frame.inner_text("#left")
     frame.locator("#cancel").click()
     until(frame, "hmsReader.rows.state === 'stopped'")
@@ -543,7 +544,7 @@ def test_a_day(tab, server, tmp_path):
     tab.get_by_text("24 h 00 min 00 s").wait_for()
     frame = start(tab)
     press(frame, "Enter"); drawn(frame)
-    until(frame, "hmsReader.rows.n >= 240", timeout=600)
+    until(frame, "hmsReader.rows.n >= 240", timeout=LONG_S)
     busy = turns(tab, frame, 30)
     frame.locator("#cancel").click()
     until(frame, "hmsReader.rows.state === 'stopped'")

@@ -365,13 +365,14 @@ def test_the_same_notebook_works_in_jupyterlab(home, browser, tmp_path):
         page.on("request", lambda r: foreign.append(r.url) if not r.url.startswith(("http://127.0.0.1", "blob:", "data:")) else None)
         page.goto(f"http://127.0.0.1:{port}/lab/tree/recording.ipynb?token={token}")
         page.locator(".jp-Notebook").first.wait_for()
+        page.locator("#jp-main-statusbar").get_by_text("| Idle").wait_for()  # what is run before there is a kernel is dropped
         page.locator("#jp-MainMenu .lm-MenuBar-item", has_text="Run").click()
         page.locator(".lm-Menu-item[data-command='runmenu:run-all']").click()
         knobs(page)
-        SHOTS.mkdir(parents=True, exist_ok=True)
-        page.screenshot(path=SHOTS / "explorer_lab.png")
         assert page.locator(".jp-RenderedText[data-mime-type='application/vnd.jupyter.error']").count() == 0 and foreign == []
     finally:
+        SHOTS.mkdir(parents=True, exist_ok=True)
+        context.pages[0].screenshot(path=SHOTS / "explorer_lab.png")
         context.close()
         process.terminate()
         process.wait(60)
