@@ -342,7 +342,7 @@ STYLE = """<style>
 .hms-facts { display: flex; flex-wrap: wrap; gap: 10px 34px; margin: 8px 0; } .hms-facts div { font-size: 12.5px; opacity: .8; } .hms-facts b { display: block; font-size: 20px; font-weight: 600; opacity: 1; }
 .widget-box:has(.hms) { overflow: visible; } .hms-figure :is(.jp-OutputArea, .jp-OutputArea-child, .jp-OutputArea-output, .js-plotly-plot) { height: 100%; width: 100%; overflow: visible; padding: 0; margin: 0; }
 .hms-figure .jp-OutputPrompt { display: none; } .hms code { background: rgba(128,128,128,.16); padding: 1px 5px; border-radius: 3px; }
-body[data-jp-theme-light="false"] .hms-figure { --ink: #e3e7ec; }
+body[data-jp-theme-light="false"] .hms-figure { --ink: #e3e7ec; } body[data-jp-theme-light="false"] { --jp-widgets-dropdown-arrow: url("data:image/svg+xml;base64,PHN2ZyB4bWxucz0iaHR0cDovL3d3dy53My5vcmcvMjAwMC9zdmciIHZpZXdCb3g9IjAgMCAxOCAxOCI+PHBhdGggZmlsbD0ibm9uZSIgc3Ryb2tlPSIjZTNlN2VjIiBzdHJva2Utd2lkdGg9IjIiIGQ9Ik01IDdsNCA0IDQtNCIvPjwvc3ZnPg=="); }
 body[data-jp-theme-light="false"] .hms-figure :is([class*="tick"], [class*="title"], .legend, .annotation) text, body[data-jp-theme-light="false"] .hms-figure text.bartext-outside { fill: var(--ink) !important; }
 body[data-jp-theme-light="false"] .hms-figure .gridlayer path { stroke: rgba(160,170,180,.28) !important; }
 body[data-jp-theme-light="false"] .hms-figure path:is([style*="stroke: rgb(26, 26, 26)"], [style*="stroke: rgb(31, 41, 51)"]) { stroke: var(--ink) !important; }

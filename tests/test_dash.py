@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 import pandas as pd
@@ -20,6 +21,7 @@ import httpx  # noqa: E402
 
 from conftest import ROOT, WAIT_MS, needs_browser  # noqa: E402
 from hms_brain.audit import AuditLog  # noqa: E402
+from hms_brain.bundle import MANIFEST, default_bundle, seal_files  # noqa: E402
 from hms_brain.core import CLASSES, VOTE_COLUMNS, InputError, rng_for, write_json  # noqa: E402
 from hms_brain.dash import PAGES, allowed_hosts, dash_config, dash_token, dashboards, take_port  # noqa: E402
 from hms_brain.evaluate import evaluate, load_answers  # noqa: E402
@@ -207,6 +209,13 @@ def test_no_kernel_of_a_dashboard_knows_torch():
 
 # What follows starts the real command.
 
+def flatter_bundle(place):
+    "The packaged bundle, half as sure."
+    shutil.copytree(default_bundle(), place)
+    (place / "bundle.json").write_text((place / "bundle.json").read_text().replace('"temperature": 1.0', '"temperature": 2.0'))
+    (place / MANIFEST).write_bytes(seal_files({p.name: p.read_bytes() for p in place.iterdir() if p.name != MANIFEST}))
+
+
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     "A workbench of its own with two runs, an alert and a scan."
@@ -214,6 +223,7 @@ def home(tmp_path_factory):
     (folder / "settings.ini").write_text("[system]\nworkers = 1\nthreads = 1\n")
     write_run(folder / "outputs/runs/first", [.9, .7, .6, .55])
     write_run(folder / "outputs/runs/second", [.8, .5], batch_size=8)
+    flatter_bundle(folder / "outputs/runs/first/bundle")
     AuditLog(folder / "outputs/audit/alerts.jsonl").add("fired", id="Drift-1", rule="Drift", severity="warning", value=1.0, limit=.5, words="the windows have moved")
     return folder
 
@@ -264,7 +274,7 @@ def tab(browser, served):
 SEEN = "[...document.querySelectorAll('.js-plotly-plot')].filter(f => f.clientHeight > 150 && f.querySelectorAll('.main-svg').length && f.querySelector('.scatterlayer path, .barlayer path, .heatmaplayer image'))"
 
 
-def opened(tab, served, name, scheme="light", figures=1, query="", said="Research use only"):
+def opened(tab, served, name, scheme="light", figures=1, query="", said="Research use only", shot=""):
     "Open a dashboard and wait for its figures and its last words; no cell may have failed."
     tab.emulate_media(color_scheme=scheme)
     tab.goto(f"{served[0]}/{name}?{query}token={served[1].partition('token=')[2]}")
@@ -277,7 +287,7 @@ def opened(tab, served, name, scheme="light", figures=1, query="", said="Researc
     tall = tab.evaluate("document.getElementById('rendered_cells').scrollHeight")
     tab.set_viewport_size({"width": 1280, "height": min(int(tall) + 120, 4000)})
     tab.wait_for_timeout(500)
-    tab.screenshot(path=SHOTS / f"{name}_{scheme}.png")
+    tab.screenshot(path=SHOTS / f"{shot or name + '_' + scheme}.png")
     return tab.inner_text("body")
 
 
@@ -315,11 +325,25 @@ def test_an_alert_is_acknowledged_in_the_browser(served, tab, home):
     assert alerts(AuditLog(home / "outputs/audit/alerts.jsonl"))[0]["by"] == "Kim"
 
 
-def knobs(page, scope=""):
-    "Move the explorer's montage and see the page follow."
+def knobs(page):
+    "Move the explorer's montage, window, threshold and model, and see the page follow; ask why."
+    choose = lambda name, option: page.locator(".widget-dropdown", has_text=name).locator("select").select_option(option)
+    readout = lambda name: page.locator(".widget-slider", has_text=name).locator(".widget-readout")
     page.locator("text=Fp1-F7").first.wait_for()
-    page.locator(".widget-dropdown", has_text="montage").locator("select").select_option("average")
+    choose("montage", "average")
     page.locator("text=Fp1-AVG").first.wait_for()
+    page.get_by_role("button", name="10 s ▶").click()
+    readout("window").get_by_text("310", exact=True).wait_for()
+    page.locator(".js-plotly-plot").get_by_text("315", exact=True).first.wait_for()
+    readout("threshold").fill("0.95")
+    readout("threshold").press("Enter")
+    page.get_by_text("at a threshold of 0.95").first.wait_for()
+    said = page.locator("h2", has_text="of the votes")
+    before, end = said.inner_text(), time.monotonic() + WAIT_MS / 1000
+    choose("model", "first")  # half as sure
+    while said.inner_text() == before:
+        assert time.monotonic() < end, before
+        page.wait_for_timeout(200)
     page.get_by_role("button", name="Explain this answer").click()
     page.locator("text=what speaks for").first.wait_for()
 
@@ -330,6 +354,28 @@ def test_the_explorer_works_in_voila(served, tab):
     opened(tab, served, "recording", figures=4)
     knobs(tab)
     tab.screenshot(path=SHOTS / "explorer_voila.png")
+
+
+@pytest.mark.slow
+@needs_browser
+def test_names_run_nothing_in_the_browser(served, tab, home):
+    "A name that would run as a script, for a run, an alert and a recording: shown as it is, in tables, lists and figures."
+    evil, hits, log = "<img src=x onerror=hit()>", [], home / "outputs/audit/alerts.jsonl"
+    tab.context.expose_function("hit", lambda: hits.append("hit"))
+    before = log.read_bytes()
+    write_run(home / "outputs/runs" / evil, [.9, .6])
+    AuditLog(log).add("fired", id=f"{evil}-1", rule=evil, severity=evil, value=1.0, limit=.5, words=f"{evil}<script>hit()</script>")
+    (home / "data").mkdir(exist_ok=True)
+    shutil.copy(ROOT / "hms_brain/assets/sample.edf", home / "data" / f"{evil}.edf")
+    try:
+        for name, query, figures in (("training", "run={},first&", 3), ("performance", "run={}&", 1), ("system", "", 1), ("recording", "recording={}&", 4)):
+            opened(tab, served, name, figures=figures, query=query.format(quote(evil)), shot=f"evil_{name}")
+            assert evil in tab.content().replace("&lt;", "<").replace("&gt;", ">") and tab.locator("img[onerror], body script:text-is('hit()')").count() == 0, name
+    finally:
+        shutil.rmtree(home / "outputs/runs" / evil)
+        (home / "data" / f"{evil}.edf").unlink()
+        log.write_bytes(before)
+    assert hits == []
 
 
 @pytest.mark.slow
