@@ -23,7 +23,7 @@ from conftest import ROOT, WAIT_MS, needs_browser  # noqa: E402
 from hms_brain.audit import AuditLog  # noqa: E402
 from hms_brain.bundle import MANIFEST, default_bundle, seal_files  # noqa: E402
 from hms_brain.core import CLASSES, VOTE_COLUMNS, InputError, rng_for, write_json  # noqa: E402
-from hms_brain.dash import PAGES, allowed_hosts, dash_config, dash_token, dashboards, take_port  # noqa: E402
+from hms_brain.dash import PAGES, allowed_hosts, dash_config, dash_token, dashboards, take_port, without_token  # noqa: E402
 from hms_brain.evaluate import evaluate, load_answers  # noqa: E402
 from hms_brain.explorer import explorer  # noqa: E402
 from hms_brain.panels import MIME, figure_bundle, grid, list_answers, list_recordings, list_runs, plot_compared, plot_pace, run_rows  # noqa: E402
@@ -187,6 +187,8 @@ def test_the_launcher_is_closed_by_default(monkeypatch):
     assert config["Voila"]["token"] == "t" * 32 and config["Voila"]["open_browser"] is False and config["Voila"]["port_retries"] == 0
     assert config["Voila"]["tornado_settings"]["allow_remote_access"] is False and "default-src 'self'" in config["Voila"]["tornado_settings"]["headers"]["Content-Security-Policy"]
     assert config["VoilaConfiguration"]["show_tracebacks"] is False and config["VoilaConfiguration"]["preheat_kernel"] is True and config["VoilaConfiguration"]["file_allowlist"] == []
+    assert config["VoilaExecutor"]["timeout"] is None, "the page of a kernel that waited longer for its visitor would stay empty"
+    assert without_token("/training", "run=a%2Cb&token=t&x=1") == "/training?run=a%2Cb&x=1" and without_token("/training", "token=t") == "/training"
     assert len({dash_token() for _ in range(20)}) == 20
     monkeypatch.setenv("HMS_DASH_TOKEN", "short")
     with pytest.raises(InputError, match="16 or more"): dash_token()
