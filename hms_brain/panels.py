@@ -247,7 +247,7 @@ def plot_machine(
     if "gpu" in last: panels += [("gpu", "GPU, %", 100.0), ("gpu_memory", f"GPU memory, GiB of {last['gpu_total']:.1f}", last["gpu_total"])]
     figure = make_subplots(rows=1, cols=len(panels), subplot_titles=[title for _, title, _ in panels], horizontal_spacing=.07)
     for col, (key, _, top) in enumerate(panels, start=1):
-        figure.add_scatter(x=at, y=[s.get(key) for s in samples], mode="lines+markers" if len(samples) < 3 else "lines", line=dict(color=MODEL, width=2), fill="tozeroy", fillcolor="rgba(36,89,168,.16)", hovertemplate="%{x|%H:%M:%S}: %{y:.1f}<extra></extra>", row=1, col=col)
+        figure.add_scatter(x=at, y=[s.get(key) for s in samples], mode="lines+markers" if len(samples) < 3 else "lines", cliponaxis=False, line=dict(color=MODEL, width=2), fill="tozeroy", fillcolor="rgba(36,89,168,.16)", hovertemplate="%{x|%H:%M:%S}: %{y:.1f}<extra></extra>", row=1, col=col)
         figure.update_yaxes(range=[0, top], row=1, col=col)
     figure.update_xaxes(tickformat="%H:%M:%S", nticks=5, range=clock_span(samples))
     return styled(figure, 240)
