@@ -6,8 +6,8 @@ Docs: https://hms-brain.github.io/hms_brain/dash.html.md"""
 
 # %% auto #0
 __all__ = ['PAGES', 'LOOPBACK', 'SHORTEST_TOKEN', 'POLICY', 'SORRY', 'EXTENSIONS', 'KEPT', 'TELL', 'LINES', 'dashboards', 'visit',
-           'dash_token', 'allowed_hosts', 'dash_config', 'plain_error', 'Room', 'page_handlers', 'dash_app',
-           'take_port', 'serve_dash']
+           'dash_token', 'allowed_hosts', 'dash_config', 'plain_error', 'Room', 'without_token', 'page_handlers',
+           'dash_app', 'take_port', 'serve_dash']
 
 # %% ../nbs/84_dash.ipynb #82b53ee6
 import os
@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import parse_qs
+from urllib.parse import parse_qs, parse_qsl, urlencode
 
 from .core import InputError, find_root, get_settings
 if TYPE_CHECKING: from voila.app import Voila
@@ -74,7 +74,7 @@ def dash_config(
                       "tornado_settings": {"allow_remote_access": False, "local_hostnames": hosts, "headers": headers, "websocket_max_message_size": 2 << 20}},
             "VoilaConfiguration": {"preheat_kernel": pool > 0, "default_pool_size": pool, "show_tracebacks": False, "strip_sources": True, "allow_template_override": "NO", "allow_theme_override": "NO",
                                    "file_allowlist": [], "extension_allowlist": EXTENSIONS},
-            "VoilaExecutor": {"cell_error_instruction": SORRY, "timeout": 300},
+            "VoilaExecutor": {"cell_error_instruction": SORRY, "timeout": None},  # a heated kernel waits for its visitor as long as it takes
             "AsyncMappingKernelManager": {"cull_idle_timeout": idle, "cull_interval": max(1, idle // 4), "cull_connected": False, "cull_busy": False},
             "KernelManager": {"shutdown_wait_time": 1.0, "transport_encryption": "auto"}}
 
@@ -119,6 +119,14 @@ class Room:
             self.seen.pop(k, None)
         return len(self.seen) < self.most
 
+# %% ../nbs/84_dash.ipynb #2722a9eb
+def without_token(
+    path: str, query: str,
+) -> str:  # the same address, for the browser's list of pages
+    "An address with everything it asks for but the token."
+    rest = urlencode([(k, v) for k, v in parse_qsl(query) if k != "token"])
+    return f"{path}?{rest}" if rest else path
+
 # %% ../nbs/84_dash.ipynb #46c120d3
 def page_handlers(
     app: "Voila",
@@ -137,8 +145,9 @@ def page_handlers(
         write_error = plain_error
         @authenticated
         async def get(self, name):
-            if "token" in self.request.arguments: return self.redirect(self.request.path)
+            if "token" in self.request.arguments: return self.redirect(without_token(self.request.path, self.request.query))
             if not await room.make(): raise HTTPError(503)
+            _ = self.xsrf_token  # its cookie is what a page shows when it is left, to end its kernel
             await super().get(f"{name}.ipynb")
     class Lost(JupyterHandler):
         write_error = plain_error

@@ -184,7 +184,7 @@ def show_timeline(e: Explorer):
     "The whole recording, and where the window is."
     if e.scan is None: return draw(e.c["timeline"], None)
     figure = plot_scan(e.scan.table, e.scan.duration, e.events)
-    draw(e.c["timeline"], figure.add_vline(x=e.c["at"].value / (3600 if e.scan.duration > 5400 else 60), line=dict(color="#111111", width=1.5, dash="dash")))
+    draw(e.c["timeline"], figure.add_vline(x=e.c["at"].value / (3600 if e.scan.duration > 5400 else 60), line=dict(color="#1a1a1a", width=1.5, dash="dash")))
 
 # %% ../nbs/84_explorer.ipynb #6fe3c6a5
 def show_scan(e: Explorer):

@@ -8,8 +8,8 @@ Docs: https://hms-brain.github.io/hms_brain/panels.html.md"""
 __all__ = ['MIME', 'RUN_COLORS', 'RUN_MARKS', 'ANSWERS', 'SUFFIXES', 'STYLE', 'SORRY', 'figure_bundle', 'grid', 'list_runs',
            'minutes', 'run_rows', 'run_look', 'plot_compared', 'plot_pace', 'differing', 'list_answers', 'list_bundles',
            'known_id', 'list_recordings', 'events_at', 'at_event', 'gpu_sample', 'machine_sample', 'clock_axis',
-           'plot_machine', 'service_sample', 'route_rows', 'plot_service', 'plot_answers', 'plot_drift', 'rule_rows',
-           'html', 'note', 'nothing', 'origin', 'frame', 'draw', 'guarded', 'ticker']
+           'clock_span', 'plot_machine', 'service_sample', 'route_rows', 'plot_service', 'plot_answers', 'plot_drift',
+           'rule_rows', 'html', 'note', 'nothing', 'origin', 'frame', 'draw', 'guarded', 'ticker']
 
 # %% ../nbs/83_panels.ipynb #51c19525
 import json
@@ -231,6 +231,12 @@ def clock_axis(times: Sequence[float]) -> list[str]:  # ISO times, local
     from datetime import datetime
     return [datetime.fromtimestamp(t).isoformat(timespec="milliseconds") for t in times]
 
+def clock_span(
+    looks: Sequence[Mapping],  # with time (s since 1970), in their order
+) -> list[str]:  # first and last time of an axis
+    "From the first look to the last, a minute at least: one look alone does not fill the axis."
+    return clock_axis([min(looks[0]["time"], looks[-1]["time"] - 60), looks[-1]["time"]])
+
 def plot_machine(
     samples: Sequence[Mapping[str, float]],  # of `machine_sample`, in their order
 ) -> "Figure":
@@ -241,9 +247,9 @@ def plot_machine(
     if "gpu" in last: panels += [("gpu", "GPU, %", 100.0), ("gpu_memory", f"GPU memory, GiB of {last['gpu_total']:.1f}", last["gpu_total"])]
     figure = make_subplots(rows=1, cols=len(panels), subplot_titles=[title for _, title, _ in panels], horizontal_spacing=.07)
     for col, (key, _, top) in enumerate(panels, start=1):
-        figure.add_scatter(x=at, y=[s.get(key) for s in samples], mode="lines+markers" if len(samples) < 3 else "lines", line=dict(color=MODEL, width=2), fill="tozeroy", fillcolor="rgba(36,89,168,.16)", hovertemplate="%{x|%H:%M:%S}: %{y:.1f}<extra></extra>", row=1, col=col)
+        figure.add_scatter(x=at, y=[s.get(key) for s in samples], mode="lines+markers" if len(samples) < 3 else "lines", cliponaxis=False, line=dict(color=MODEL, width=2), fill="tozeroy", fillcolor="rgba(36,89,168,.16)", hovertemplate="%{x|%H:%M:%S}: %{y:.1f}<extra></extra>", row=1, col=col)
         figure.update_yaxes(range=[0, top], row=1, col=col)
-    figure.update_xaxes(tickformat="%H:%M:%S", nticks=5)
+    figure.update_xaxes(tickformat="%H:%M:%S", nticks=5, range=clock_span(samples))
     return styled(figure, 240)
 
 # %% ../nbs/83_panels.ipynb #943a5d00
@@ -285,7 +291,7 @@ def plot_service(
         for key, name, unit, color, dash in lines:
             y = [None if r[key] is None else unit * r[key] for r in rows]
             figure.add_scatter(x=at, y=y, mode="lines+markers", name=name, line=dict(color=color, width=2, dash=dash), marker=dict(size=4), showlegend=col > 1, hovertemplate=f"{name} %{{x|%H:%M:%S}}: %{{y:.3g}}<extra></extra>", row=1, col=col)
-    figure.update_xaxes(tickformat="%H:%M:%S", nticks=5)
+    figure.update_xaxes(tickformat="%H:%M:%S", nticks=5, range=clock_span(rows))
     figure.update_yaxes(rangemode="tozero")
     return styled(figure, 290, legend=True)
 
@@ -342,11 +348,11 @@ STYLE = """<style>
 .hms-facts { display: flex; flex-wrap: wrap; gap: 10px 34px; margin: 8px 0; } .hms-facts div { font-size: 12.5px; opacity: .8; } .hms-facts b { display: block; font-size: 20px; font-weight: 600; opacity: 1; }
 .widget-box:has(.hms) { overflow: visible; } .hms-figure :is(.jp-OutputArea, .jp-OutputArea-child, .jp-OutputArea-output, .js-plotly-plot) { height: 100%; width: 100%; overflow: visible; padding: 0; margin: 0; }
 .hms-figure .jp-OutputPrompt { display: none; } .hms code { background: rgba(128,128,128,.16); padding: 1px 5px; border-radius: 3px; }
-body[data-jp-theme-light="false"] .hms-figure { --ink: #e3e7ec; }
+body[data-jp-theme-light="false"] .hms-figure { --ink: #e3e7ec; } body[data-jp-theme-light="false"] { --jp-widgets-dropdown-arrow: url("data:image/svg+xml;base64,PHN2ZyB4bWxucz0iaHR0cDovL3d3dy53My5vcmcvMjAwMC9zdmciIHZpZXdCb3g9IjAgMCAxOCAxOCI+PHBhdGggZmlsbD0ibm9uZSIgc3Ryb2tlPSIjZTNlN2VjIiBzdHJva2Utd2lkdGg9IjIiIGQ9Ik01IDdsNCA0IDQtNCIvPjwvc3ZnPg=="); }
 body[data-jp-theme-light="false"] .hms-figure :is([class*="tick"], [class*="title"], .legend, .annotation) text, body[data-jp-theme-light="false"] .hms-figure text.bartext-outside { fill: var(--ink) !important; }
 body[data-jp-theme-light="false"] .hms-figure .gridlayer path { stroke: rgba(160,170,180,.28) !important; }
 body[data-jp-theme-light="false"] .hms-figure path:is([style*="stroke: rgb(26, 26, 26)"], [style*="stroke: rgb(31, 41, 51)"]) { stroke: var(--ink) !important; }
-body[data-jp-theme-light="false"] .hms-figure path[style*="stroke: rgb(36, 89, 168)"] { stroke: #6ea3f0 !important; }
+body[data-jp-theme-light="false"] .hms-figure path[style*="stroke: rgb(36, 89, 168)"] { stroke: #6ea3f0 !important; } body[data-jp-theme-light="false"] .hms-figure path[style*="stroke: rgb(192, 0, 0)"] { stroke: #ff8079 !important; }
 </style>"""
 
 # %% ../nbs/83_panels.ipynb #b668b58a

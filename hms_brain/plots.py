@@ -155,8 +155,12 @@ def scan_bins(
     duration: float,  # of the recording, s
     n: int = 480,  # bins at most
 ) -> tuple[np.ndarray, np.ndarray]:  # edges (m + 1,) s; shares (m, 8): six classes, poor signal, no data; rows sum to 1, or to 0 without windows
-    "Mean answers of stretches of a recording."
-    at, edges = table["at"].to_numpy(), np.linspace(0, duration, max(1, min(n, len(table))) + 1)
+    "Mean answers of stretches of a recording: whole windows, each as wide as the step of the scan."
+    at = table["at"].to_numpy()
+    step, first = (float(np.median(np.diff(at))) if len(at) > 1 else duration), (at[0] if len(at) else duration / 2)
+    windows = round((at[-1] - first) / step) + 1 if len(at) else 1
+    each = -(-windows // n)  # windows of a bin
+    edges = np.clip(first - step / 2 + each * step * np.arange(-(-windows // each) + 1), 0, duration)
     absent = (table.abstained & table.reasons.str.contains(NO_DATA)).to_numpy(bool)
     poor = table.abstained.to_numpy(bool) & ~absent
     values = np.column_stack([table[list(CLASSES)].to_numpy() * ~(poor | absent)[:, None], poor, absent])
@@ -180,7 +184,7 @@ def plot_scan(
     looks: list[tuple[str, dict]] = [(CLASS_LABELS[c], dict(color=colors[c])) for c in CLASSES] + [("poor signal", dict(color="#9a9a9a")), ("no data", dict(color="#ffffff", pattern=dict(shape="/", fgcolor="#555555", size=6)))]
     for (label, marker), y in zip(looks, shares.T):
         if y.any() or label in CLASS_LABELS.values():
-            figure.add_trace(go.Bar(x=(edges[:-1] + edges[1:]) / 2 / unit, y=np.round(y, 3), width=float(edges[1] / unit), name=label, marker={**marker, "line": {"width": 0}}), row=1, col=1)
+            figure.add_trace(go.Bar(x=(edges[:-1] + edges[1:]) / 2 / unit, y=np.round(y, 3), width=np.diff(edges) / unit, name=label, marker={**marker, "line": {"width": 0}}), row=1, col=1)
     for kind in CLASSES[:-1]:
         mine = [e for e in events if e.kind == kind]
         figure.add_trace(go.Bar(base=[e.start / unit for e in mine], x=[max(e.duration, duration / 800) / unit for e in mine], y=[CLASS_LABELS[kind]] * len(mine), orientation="h", width=0.7, showlegend=False,

@@ -47,8 +47,9 @@ def write_bids_events(
     columns = ["onset", "duration", "trial_type", "confidence", "peak", "active"]
     write_table(path, pd.DataFrame([(round(e.start, 3), round(e.duration, 3), e.kind, round(e.confidence, 4), round(e.peak, 4), round(e.active, 3)) for e in events], columns=columns))
     levels = {c: f"{CLASS_LABELS[c]}, as a model expects experts to vote" for c in CLASSES[:-1]}
-    say = {"onset": "s from the beginning of the recording", "duration": "s", "confidence": "mean probability", "peak": "highest probability", "active": "s above the threshold"}
-    write_json(Path(path).with_suffix(".json"), {**{k: {"Description": v} for k, v in say.items()}, "trial_type": {"Description": "expected pattern", "Levels": levels},
+    say = {"onset": "from the beginning of the recording", "duration": "of the event", "confidence": "mean probability", "peak": "highest probability", "active": "time above the threshold"}
+    units = {k: {"Units": "s"} for k in ("onset", "duration", "active")}
+    write_json(Path(path).with_suffix(".json"), {"Description": "Events where a model expects a pattern", **{k: {"Description": v, "Format": "number"} | units.get(k, {}) for k, v in say.items()}, "trial_type": {"Description": "expected pattern", "Levels": levels},
                "GeneratedBy": [{"Name": "hms_brain", "Description": NOTICE, "Model": scan.about["bundle"]}]})
 
 # %% ../nbs/73_reports.ipynb #feb4597d
@@ -60,6 +61,7 @@ def write_bids(
     "A BIDS derivative data set of one recording, whose identity is the subject."
     name, folder = f"sub-{scan.about['recording']['id']}", Path(folder)
     origin = [{"Name": "hms_brain", "Description": NOTICE}]
+    with atomic_path(folder / "README") as tmp: tmp.write_text(f"Events of one recording, as a model expects experts to vote. {NOTICE} Made by hms_brain; the bundle that answered is named beside the events.\n")
     write_json(folder / "dataset_description.json", {"Name": "Expected patterns of an EEG", "BIDSVersion": "1.10.0", "DatasetType": "derivative", "GeneratedBy": origin})
     write_bids_events(folder / name / "eeg" / f"{name}_task-monitoring_desc-hms_events.tsv", events, scan)
 

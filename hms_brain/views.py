@@ -188,7 +188,9 @@ def alert_text(
 ) -> tuple[str, list[str]]:  # HTML; ids of those that nobody has seen
     "The history of alerts."
     unseen, columns = [a["id"] for a in found if not a["by"]], ("state", "severity", "rule", "fired", "ended", "by", "note", "words")
-    told = f'<div class="hms-scroll">{grid([{k: a[k] if a[k] is not None else "" for k in columns} for a in found])}</div>' if found else nothing("No alert was ever written down here.", "hms watch")
+    when = lambda text: str(text).replace("T", " ").replace("+00:00", " UTC")
+    shown = lambda a, k: "" if a[k] is None else when(a[k]) if k in ("fired", "ended") else a[k]
+    told = f'<div class="hms-scroll">{grid([{k: shown(a, k) for k in columns} for a in found])}</div>' if found else nothing("No alert was ever written down here.", "hms watch")
     return f'<div class="hms"><h2>Alerts: {len(unseen)} of {len(found)} not yet seen</h2>{told}</div>', unseen
 
 # %% ../nbs/84_views.ipynb #fd67b007

@@ -7,6 +7,10 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).resolve().parents[1]
 REAL = Path(os.environ.get("HMS_REAL", ROOT.parent / "shared" / "real"))
+CHROMIUM = os.environ.get("HMS_CHROMIUM", "/usr/bin/chromium")
+FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+WAIT_MS = int(os.environ.get("HMS_BROWSER_WAIT", "240")) * 1000  # a busy machine starts kernels slowly
+needs_browser = pytest.mark.skipif(not Path(CHROMIUM).exists(), reason="no chromium (set HMS_CHROMIUM to its path)")
 
 
 @pytest.fixture(scope="session")
@@ -21,3 +25,13 @@ def real() -> Path:
     if not REAL.is_dir():
         pytest.skip(f"no real EEG at {REAL.name}: these files may not be redistributed (set HMS_REAL to their folder)")
     return REAL
+
+
+@pytest.fixture(scope="module")
+def browser():
+    "Debian's chromium. It goes with its module: while playwright runs, nothing else can run an event loop."
+    sync_api = pytest.importorskip("playwright.sync_api", reason="browser tests need playwright")
+    with sync_api.sync_playwright() as p:
+        chromium = p.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield chromium
+        chromium.close()

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 import pandas as pd
@@ -18,10 +19,11 @@ pytest.importorskip("voila", reason="dashboards need the extra dash")
 
 import httpx  # noqa: E402
 
-from conftest import ROOT  # noqa: E402
+from conftest import ROOT, WAIT_MS, needs_browser  # noqa: E402
 from hms_brain.audit import AuditLog  # noqa: E402
+from hms_brain.bundle import MANIFEST, default_bundle, seal_files  # noqa: E402
 from hms_brain.core import CLASSES, VOTE_COLUMNS, InputError, rng_for, write_json  # noqa: E402
-from hms_brain.dash import PAGES, allowed_hosts, dash_config, dash_token, dashboards, take_port  # noqa: E402
+from hms_brain.dash import PAGES, allowed_hosts, dash_config, dash_token, dashboards, take_port, without_token  # noqa: E402
 from hms_brain.evaluate import evaluate, load_answers  # noqa: E402
 from hms_brain.explorer import explorer  # noqa: E402
 from hms_brain.panels import MIME, figure_bundle, grid, list_answers, list_recordings, list_runs, plot_compared, plot_pace, run_rows  # noqa: E402
@@ -29,11 +31,7 @@ from hms_brain.plots import plot_probabilities, plot_scan  # noqa: E402
 from hms_brain.views import VIEWS, Performance, System, Training, score_answers  # noqa: E402
 from hms_brain.watch import acknowledge, alerts  # noqa: E402
 
-CHROMIUM = os.environ.get("HMS_CHROMIUM", "/usr/bin/chromium")
-FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
 SHOTS = ROOT / "outputs/reports/dash"
-WAIT_MS = 240_000  # a busy machine starts kernels slowly
-needs_browser = pytest.mark.skipif(not Path(CHROMIUM).exists(), reason="no chromium (set HMS_CHROMIUM to its path)")
 
 
 def numbers(place):
@@ -189,6 +187,8 @@ def test_the_launcher_is_closed_by_default(monkeypatch):
     assert config["Voila"]["token"] == "t" * 32 and config["Voila"]["open_browser"] is False and config["Voila"]["port_retries"] == 0
     assert config["Voila"]["tornado_settings"]["allow_remote_access"] is False and "default-src 'self'" in config["Voila"]["tornado_settings"]["headers"]["Content-Security-Policy"]
     assert config["VoilaConfiguration"]["show_tracebacks"] is False and config["VoilaConfiguration"]["preheat_kernel"] is True and config["VoilaConfiguration"]["file_allowlist"] == []
+    assert config["VoilaExecutor"]["timeout"] is None, "the page of a kernel that waited longer for its visitor would stay empty"
+    assert without_token("/training", "run=a%2Cb&token=t&x=1") == "/training?run=a%2Cb&x=1" and without_token("/training", "token=t") == "/training"
     assert len({dash_token() for _ in range(20)}) == 20
     monkeypatch.setenv("HMS_DASH_TOKEN", "short")
     with pytest.raises(InputError, match="16 or more"): dash_token()
@@ -211,6 +211,13 @@ def test_no_kernel_of_a_dashboard_knows_torch():
 
 # What follows starts the real command.
 
+def flatter_bundle(place):
+    "The packaged bundle, half as sure."
+    shutil.copytree(default_bundle(), place)
+    (place / "bundle.json").write_text((place / "bundle.json").read_text().replace('"temperature": 1.0', '"temperature": 2.0'))
+    (place / MANIFEST).write_bytes(seal_files({p.name: p.read_bytes() for p in place.iterdir() if p.name != MANIFEST}))
+
+
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     "A workbench of its own with two runs, an alert and a scan."
@@ -218,6 +225,7 @@ def home(tmp_path_factory):
     (folder / "settings.ini").write_text("[system]\nworkers = 1\nthreads = 1\n")
     write_run(folder / "outputs/runs/first", [.9, .7, .6, .55])
     write_run(folder / "outputs/runs/second", [.8, .5], batch_size=8)
+    flatter_bundle(folder / "outputs/runs/first/bundle")
     AuditLog(folder / "outputs/audit/alerts.jsonl").add("fired", id="Drift-1", rule="Drift", severity="warning", value=1.0, limit=.5, words="the windows have moved")
     return folder
 
@@ -246,16 +254,6 @@ def served(home):
     assert left == [], "kernels stay behind"
 
 
-@pytest.fixture(scope="module")
-def browser():
-    "Debian's chromium."
-    sync_api = pytest.importorskip("playwright.sync_api", reason="browser tests need playwright")
-    with sync_api.sync_playwright() as p:
-        chromium = p.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield chromium
-        chromium.close()
-
-
 @pytest.fixture
 def tab(browser, served):
     "Opens a page; fails when anything asks beyond the loopback, a script stumbles or an answer is an error."
@@ -278,7 +276,7 @@ def tab(browser, served):
 SEEN = "[...document.querySelectorAll('.js-plotly-plot')].filter(f => f.clientHeight > 150 && f.querySelectorAll('.main-svg').length && f.querySelector('.scatterlayer path, .barlayer path, .heatmaplayer image'))"
 
 
-def opened(tab, served, name, scheme="light", figures=1, query="", said="Research use only"):
+def opened(tab, served, name, scheme="light", figures=1, query="", said="Research use only", shot=""):
     "Open a dashboard and wait for its figures and its last words; no cell may have failed."
     tab.emulate_media(color_scheme=scheme)
     tab.goto(f"{served[0]}/{name}?{query}token={served[1].partition('token=')[2]}")
@@ -291,7 +289,7 @@ def opened(tab, served, name, scheme="light", figures=1, query="", said="Researc
     tall = tab.evaluate("document.getElementById('rendered_cells').scrollHeight")
     tab.set_viewport_size({"width": 1280, "height": min(int(tall) + 120, 4000)})
     tab.wait_for_timeout(500)
-    tab.screenshot(path=SHOTS / f"{name}_{scheme}.png")
+    tab.screenshot(path=SHOTS / f"{shot or name + '_' + scheme}.png")
     return tab.inner_text("body")
 
 
@@ -329,11 +327,25 @@ def test_an_alert_is_acknowledged_in_the_browser(served, tab, home):
     assert alerts(AuditLog(home / "outputs/audit/alerts.jsonl"))[0]["by"] == "Kim"
 
 
-def knobs(page, scope=""):
-    "Move the explorer's montage and see the page follow."
+def knobs(page):
+    "Move the explorer's montage, window, threshold and model, and see the page follow; ask why."
+    choose = lambda name, option: page.locator(".widget-dropdown", has_text=name).locator("select").select_option(option)
+    readout = lambda name: page.locator(".widget-slider", has_text=name).locator(".widget-readout")
     page.locator("text=Fp1-F7").first.wait_for()
-    page.locator(".widget-dropdown", has_text="montage").locator("select").select_option("average")
+    choose("montage", "average")
     page.locator("text=Fp1-AVG").first.wait_for()
+    page.get_by_role("button", name="10 s ▶").click()
+    readout("window").get_by_text("310", exact=True).wait_for()
+    page.locator(".js-plotly-plot").get_by_text("315", exact=True).first.wait_for()
+    readout("threshold").fill("0.95")
+    readout("threshold").press("Enter")
+    page.get_by_text("at a threshold of 0.95").first.wait_for()
+    said = page.locator("h2", has_text="of the votes")
+    before, end = said.inner_text(), time.monotonic() + WAIT_MS / 1000
+    choose("model", "first")  # half as sure
+    while said.inner_text() == before:
+        assert time.monotonic() < end, before
+        page.wait_for_timeout(200)
     page.get_by_role("button", name="Explain this answer").click()
     page.locator("text=what speaks for").first.wait_for()
 
@@ -344,6 +356,28 @@ def test_the_explorer_works_in_voila(served, tab):
     opened(tab, served, "recording", figures=4)
     knobs(tab)
     tab.screenshot(path=SHOTS / "explorer_voila.png")
+
+
+@pytest.mark.slow
+@needs_browser
+def test_names_run_nothing_in_the_browser(served, tab, home):
+    "A name that would run as a script, for a run, an alert and a recording: shown as it is, in tables, lists and figures."
+    evil, hits, log = "<img src=x onerror=hit()>", [], home / "outputs/audit/alerts.jsonl"
+    tab.context.expose_function("hit", lambda: hits.append("hit"))
+    before = log.read_bytes()
+    write_run(home / "outputs/runs" / evil, [.9, .6])
+    AuditLog(log).add("fired", id=f"{evil}-1", rule=evil, severity=evil, value=1.0, limit=.5, words=f"{evil}<script>hit()</script>")
+    (home / "data").mkdir(exist_ok=True)
+    shutil.copy(ROOT / "hms_brain/assets/sample.edf", home / "data" / f"{evil}.edf")
+    try:
+        for name, query, figures in (("training", "run={},first&", 3), ("performance", "run={}&", 1), ("system", "", 1), ("recording", "recording={}&", 4)):
+            opened(tab, served, name, figures=figures, query=query.format(quote(evil)), shot=f"evil_{name}")
+            assert evil in tab.content().replace("&lt;", "<").replace("&gt;", ">") and tab.locator("img[onerror], body script:text-is('hit()')").count() == 0, name
+    finally:
+        shutil.rmtree(home / "outputs/runs" / evil)
+        (home / "data" / f"{evil}.edf").unlink()
+        log.write_bytes(before)
+    assert hits == []
 
 
 @pytest.mark.slow
@@ -379,13 +413,14 @@ def test_the_same_notebook_works_in_jupyterlab(home, browser, tmp_path):
         page.on("request", lambda r: foreign.append(r.url) if not r.url.startswith(("http://127.0.0.1", "blob:", "data:")) else None)
         page.goto(f"http://127.0.0.1:{port}/lab/tree/recording.ipynb?token={token}")
         page.locator(".jp-Notebook").first.wait_for()
+        page.locator("#jp-main-statusbar").get_by_text("| Idle").wait_for()  # what is run before there is a kernel is dropped
         page.locator("#jp-MainMenu .lm-MenuBar-item", has_text="Run").click()
         page.locator(".lm-Menu-item[data-command='runmenu:run-all']").click()
         knobs(page)
-        SHOTS.mkdir(parents=True, exist_ok=True)
-        page.screenshot(path=SHOTS / "explorer_lab.png")
         assert page.locator(".jp-RenderedText[data-mime-type='application/vnd.jupyter.error']").count() == 0 and foreign == []
     finally:
+        SHOTS.mkdir(parents=True, exist_ok=True)
+        context.pages[0].screenshot(path=SHOTS / "explorer_lab.png")
         context.close()
         process.terminate()
         process.wait(60)

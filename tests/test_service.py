@@ -254,17 +254,19 @@ def vector(answer):
     return np.array([answer["probabilities"][c] for c in CLASSES])
 
 
-def test_one_recording_four_ways(service, eeg, tmp_path):
-    "The command, an upload, an array, JSON, a stream: equal probabilities, and the model saw the same bytes."
+def test_one_recording_every_way(service, eeg, tmp_path):
+    "The command, the app, an upload, an array, JSON, a batch, a stream: equal probabilities, and the model saw the same bytes."
+    assert eeg.shape == (19, 10_000) and eeg.dtype == np.float32
     np.save(tmp_path / "a.npy", eeg)
     predictor = Predictor(threads=1)
     want = predict_file(tmp_path / "a.npy", predictor)[0].to_dict()
     seen = input_hash(predictor.inputs(read_recording(tmp_path / "a.npy")))
+    for path, p in {"the command": by_command(tmp_path / "a.npy"), **in_the_app(tmp_path / "a.npy", tmp_path / "app")}.items(): np.testing.assert_allclose(p, vector(want), atol=1e-6, err_msg=path)
     with httpx.Client(base_url=service, timeout=120, trust_env=False) as http:
         answers = [http.post("/predict/file", files={"file": ("a.npy", npy(eeg))}).json(), http.post("/predict", content=npy(eeg), headers={"content-type": NPY}).json(),
                    http.post("/predict", json={"eeg_data": eeg.tolist()}).json(), http.post("/predict_batch", json={"samples": [{"eeg_data": eeg.tolist()}] * 2}).json()["predictions"][1],
                    http.post("/predict_batch", content=npy(np.stack([eeg] * 3)), headers={"content-type": NPY}).json()["predictions"][2]]
-    with connect(service.replace("http", "ws") + "/ws/stream/four-ways", max_size=None) as socket:
+    with connect(service.replace("http", "ws") + "/ws/stream/every-way", max_size=None) as socket:
         hello = json.loads(socket.recv())
         assert hello["next_sample"] == 0 and hello["channels"] == list(CHANNELS) and hello["bundle"]["sha256"] == want["bundle"]["sha256"]
         for start in range(0, 10000, 1000): socket.send(write_block(start, eeg[:, start:start + 1000]))
@@ -275,6 +277,34 @@ def test_one_recording_four_ways(service, eeg, tmp_path):
         assert answer["bundle"] == want["bundle"] and answer["preprocess"] == predictor.preprocess.version and answer["seconds"] > 0
         assert "Research use only" in answer["notice"] and "Trained on simulated EEG only." in answer["warnings"]
         assert set(want) < set(answer) and {f["kind"] for f in answer["quality"]} >= {"no_context"}
+
+
+def by_command(path):
+    "What `hms predict` prints for programs."
+    words = [sys.executable, "-c", "from hms_brain.cli import main; main()", "predict", str(path), "--json"]
+    return vector(json.loads(subprocess.run(words, check=True, capture_output=True, text=True, timeout=300).stdout))
+
+
+def in_the_app(path, folder):
+    "What the app shows of a recording with one window, and what it gives away: the scan, the page, the file of probabilities."
+    pytest.importorskip("gradio", reason="the app needs its extra")
+    import pandas as pd
+    from hms_brain.app import Desk
+    from hms_brain.results import write_downloads
+    from hms_brain.session import Sessions, predict_at
+
+    sessions = Sessions()
+    try:
+        desk = Desk(sessions, "viewer/")
+        draft = desk.open([shutil.copy(path, sessions.folder() / path.name)], {})[0]
+        session = sessions.get(desk.start(draft, "a window every 2 s")[0]["token"])
+        session.thread.join(300)
+        table = pd.read_csv(next(f for f in write_downloads(session, folder) if f.endswith("probabilities.csv")))
+        assert [r["at"] for r in session.rows] == table["at"].tolist() == [25.0] and session.state == "done"
+        shown, p = np.frombuffer(bytes(session.packed), np.uint8), [session.rows[0][c] for c in CLASSES]
+        assert np.abs(shown[:6] / 255 - p).max() <= 0.5 / 255 + 1e-9 and shown[6] == 0
+        return {"the app's scan": p, "the app's page": vector(predict_at(session, 25.0).to_dict()), "the app's file": table[list(CLASSES)].to_numpy()[0]}
+    finally: sessions.close_all()
 
 
 def test_steps_of_an_amplifier(client, eeg):

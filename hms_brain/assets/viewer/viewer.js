@@ -17,6 +17,7 @@ const KEYS = [["Page Down, Page Up", "next page, page before"], ["→, ←", "on
 
 const view = { about: null, mode: "overview", at: 0, seconds: 10, montage: 0, sensitivity: 4, filter: 0, mains: 0, safe: false, threshold: 0.5, hover: null, why: null };
 const rows = { n: 0, total: 0, bytes: new Uint8Array(0), state: "waiting" };
+const underway = () => rows.state === "running" || rows.state === "waiting";
 let events = [], labels = [], ink = {}, palette = null, pending = false, turnedAt = 0;
 const chunks = new Map(), tiles = new Map();
 window.hmsReader = { view, rows, chunks, tiles, turns: [], get events() { return events; }, get labels() { return labels; } };
@@ -76,7 +77,7 @@ async function follow() {  // new rows of the scan, until it ends
       showProgress(about);
       if (more.length || about.state !== "running") await findEvents();
       redraw();
-      if (about.state !== "running" && about.state !== "waiting") return;
+      if (!underway()) return;
     } catch (e) { toast(e.message); if (e.status === 403) return; }
     await new Promise(go => setTimeout(go, 500));
   }
@@ -98,7 +99,7 @@ let toastTimer = 0;
 function toast(text) { $("toast").textContent = text; $("toast").classList.add("shown"); clearTimeout(toastTimer); toastTimer = setTimeout(() => $("toast").classList.remove("shown"), 2600); }
 
 function showProgress({ state, done, total, left, error }) {
-  $("progress").hidden = state !== "running" && state !== "waiting";
+  $("progress").hidden = !underway();
   $("bar").value = total ? done / total : 0;
   $("left").textContent = total ? `${done} of ${total} windows${left === null ? "" : `, ${span(left)} left`}` : "loading the model, reading the first minutes";
   if (state === "failed") toast(error || "the scan failed");
@@ -118,7 +119,7 @@ function listEvents() {
     for (const tr of [full, brief]) tr.addEventListener("click", () => { toEvent(e); setMode("page"); });
     body.append(full); near.append(brief);
   });
-  if (!shown.length) for (const b of [body, near]) { const tr = el("tr"); tr.append(el("td", rows.state === "running" ? "none so far" : "none above the threshold", { className: "empty", colSpan: 4 })); b.append(tr); }
+  if (!shown.length) for (const b of [body, near]) { const tr = el("tr"); tr.append(el("td", underway() ? "none so far" : "none above the threshold", { className: "empty", colSpan: 4 })); b.append(tr); }
   markEvent();
 }
 
@@ -159,7 +160,7 @@ function showVotes() {
     track.append(fill);
     box.append(el("span", c.label, { className: first }), track, el("output", status === 0 ? p[k].toFixed(2) : "–", { className: first }));
   });
-  $("why").textContent = status === 0 ? "" : status === 1 ? "No data here: the model was not asked." : status === 2 ? "Poor signal: the model was not asked." : rows.state === "running" ? "Not reached yet." : "No window is centred here.";
+  $("why").textContent = status === 0 ? "" : status === 1 ? "No data here: the model was not asked." : status === 2 ? "Poor signal: the model was not asked." : underway() ? "Not reached yet." : "No window is centred here.";
 }
 
 // ---- drawing --------------------------------------------------------------------------------------------------------
