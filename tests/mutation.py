@@ -1,4 +1,5 @@
 """Seeded faults: each takes one guard away, and the test named beside it must fail. `make mutation` tries all; names after it try some."""
+import itertools
 import os
 import shutil
 import subprocess
@@ -38,7 +39,7 @@ FAULTS = [Fault(row, name, file if file.endswith(".lock") else f"hms_brain/{file
     (6, "checkpoints saved in place", "checkpoints", 'with atomic_path(folder / "checkpoints" / name) as tmp: save_file(',
      'name = "epoch.safetensors"; tmp = folder / "checkpoints" / name; tmp.parent.mkdir(parents=True, exist_ok=True); save_file(', "test_killed.py::test_killed_in_the_middle_of_a_write"),
     (6, "a rotten checkpoint counts", "checkpoints", 'path.is_file() and sha256_file(path) == entry["sha256"]', "path.is_file()", "test_train.py::test_a_rotten_checkpoint_is_passed_over"),
-    (7, "names of parameters are not checked", "runs", "    if unknown: raise", "    if False: raise", "test_runs.py::test_unknown_names_from_python"),
+    (7, "names of parameters are not checked", "runs", "        if name not in known: raise", "        if False: raise", "test_runs.py::test_wrong_parameters"),
     (7, "the dead are believed to run", "runs", 'and not process_alive(record.get("pid", -1)):', "and False:", "test_runs.py::test_a_killed_process_reads_as_failed"),
     (8, "no hash of a bundle's files", "bundle", "    if seal == seal_files(files): return", "    return", "test_bundle.py::test_bit_flips_are_found"),
     (9, "half a file is left", "core", "        with suppress(OSError): tmp.unlink(missing_ok=True)", "        pass", "test_disk.py::test_a_full_disk[edf-half of it fits]"),
@@ -77,12 +78,21 @@ def copy_project(to: Path):
         if path.is_file() and path.name != ".git": shutil.copy(path, to / path.name)
 
 
-def run_tests(folder: Path, tests: list[str], seconds: float) -> tuple[int, str]:  # exit code of pytest (-1: it hangs), its last line
-    "Run tests of a copy; without byte code, which would outlive a change within the same second."
-    env = os.environ | {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1", "HMS_REAL": os.environ.get("HMS_REAL", str(ROOT.parent / "shared" / "real"))}
-    try: done = subprocess.run([sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests], cwd=folder, env=env, capture_output=True, text=True, timeout=seconds)
+def run_tests(folder: Path, tests: list[str], seconds: float) -> tuple[int, str]:  # exit code of pytest (-1: it hangs), its last lines
+    "Run tests of a copy."
+    env = os.environ | {"PYTHONPATH": str(folder), "HMS_REAL": os.environ.get("HMS_REAL", str(ROOT.parent / "shared" / "real"))}
+    try: done = subprocess.run([sys.executable, "-m", "pytest", "-o", "addopts=", "-q", "-rf", "--tb=no", "-p", "no:cacheprovider", *tests], cwd=folder, env=env, capture_output=True, text=True, timeout=seconds)
     except subprocess.TimeoutExpired: return -1, "no end"
-    return done.returncode, next(iter(reversed(done.stdout.strip().splitlines())), "")
+    return done.returncode, "\n".join(done.stdout.strip().splitlines()[-1 if done.returncode != 1 else 0:])
+
+
+STAMPS = itertools.count(10**9)
+
+
+def put(path: Path, text: str):
+    "Write a file with a time of its own: byte code of the text before, of the same second and length, would count otherwise."
+    path.write_text(text)
+    os.utime(path, (stamp := next(STAMPS), stamp))
 
 
 def try_fault(folder: Path, fault: Fault) -> str:
@@ -90,9 +100,9 @@ def try_fault(folder: Path, fault: Fault) -> str:
     path = folder / fault.file
     sound = path.read_text()
     if sound.count(fault.old) != 1: return "OUTDATED: its text stands there no more, or twice"
-    path.write_text(sound.replace(fault.old, fault.new))
+    put(path, sound.replace(fault.old, fault.new))
     try: code, last = run_tests(folder, [fault.test], 600)
-    finally: path.write_text(sound)
+    finally: put(path, sound)
     return "fails, as it should" if code == 1 else f"SURVIVED ({last})" if code == 0 else f"DID NOT RUN ({last})"
 
 
