@@ -120,7 +120,7 @@ def npy(rng) -> bytes:
     if rng.random() < 0.3: data = npy_header(rng, x)
     else:
         out = io.BytesIO()
-        np.save(out, pick(rng, (x, x.T, np.asfortranarray(x), x.astype(">f4"), x.astype("f8"), x.astype("i2"), x[:19], x[:7], x[0], x.astype("c8"), x > 0, x[:, :1], x * np.float32(1e-6))))
+        np.save(out, pick(rng, (x, x.T, np.asfortranarray(x), x.astype(">f4"), x.astype("f8"), np.nan_to_num(x).clip(-3e4, 3e4).astype("i2"), x[:19], x[:7], x[0], x.astype("c8"), x > 0, x[:, :1], x * np.float32(1e-6))))
         data = out.getvalue()
     for _ in range(pick(rng, FEW)): data = scramble(rng, data, 64)
     return data
