@@ -160,6 +160,7 @@ def json_body(rng) -> bytes:
         elif how == 2: body.pop(pick(rng, tuple(body)) if body else "", None)
         elif body.get("eeg_data") is rows and rows:
             row = rows[i % len(rows)]
+            if not isinstance(row, list): continue  # a mutant of a mutant
             if how == 3 and row: row[int(rng.integers(len(row)))] = strange_value(rng)
             if how == 4: rows[i % len(rows)] = pick(rng, (strange_value(rng), row[:-1], row * 2, [None] * len(row), [1e5 + 1] * len(row)))
             if how == 5: rows.append(row)
