@@ -7,7 +7,7 @@ RUN    ?= $(shell ls -td outputs/runs/*-train 2>/dev/null | head -1)
 
 export OMP_NUM_THREADS ?= 1
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all coverage all quick default-bundle ablations twin-full download prepare train evaluate report export predict lab mlflow tensorboard shell status up down logs health lint format clean lock wheel sbom docs
+.PHONY: help demo test test-all coverage mutation fuzz soak all quick default-bundle ablations twin-full download prepare train evaluate report export predict lab mlflow tensorboard shell status up down logs health lint format clean lock wheel sbom docs
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -34,6 +34,15 @@ test: $(VENV)/.ready $(DEMO)/.ready  ## set up everything and run the tests that
 
 test-all: $(VENV)/.ready $(DEMO)/.ready  ## every test, the slow and the destructive ones too
 	$(VENV)/bin/python -m pytest -n 2 --dist worksteal
+
+mutation: $(VENV)/.ready  ## take the guards away one by one: a named test must fail for each
+	$(VENV)/bin/python tests/mutation.py
+
+fuzz: $(VENV)/.ready  ## 22,000 mutants of files: each is read or refused in one line
+	$(VENV)/bin/python tests/fuzz.py
+
+soak: $(VENV)/.ready  ## an hour of mixed requests: no 5xx, no growth
+	HMS_SOAK_SECONDS=3600 $(VENV)/bin/python -m pytest -s tests/test_soak.py
 
 # $(call whole_way,name,patients,epochs)
 define whole_way

@@ -10,7 +10,6 @@ import zipfile
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import HealthCheck, given, settings, strategies as st
 from numpy.testing import assert_allclose
 
 from hms_brain.core import CHANNELS, EKG, InputError, get_settings, rng_for
@@ -241,24 +240,6 @@ def test_edf_72_hours(tmp_path):
     assert read_recording(path, duration=50, sandbox=False).start == 129_575
 
 
-SEED_EDF = edf(noise(19, 2000), reserved="EDF+D", onsets=list(range(10)))
-
-
-@given(st.lists(st.tuples(st.integers(0, 5375), st.sampled_from(b"0123456789-+.eE nan\0\xff/,Z")), min_size=1, max_size=8), st.sampled_from([0, 0, 0, 1, 77, 5000]))
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_edf_mutants(tmp_path, changes, cut):
-    "Mutated headers give a sane recording or one line; in a bounded time."
-    content = bytearray(SEED_EDF)
-    for at, byte in changes: content[at] = byte
-    path = write(tmp_path, "m.edf", bytes(content[:len(content) - cut]))
-    t = time.monotonic()
-    try:
-        r = read_recording(path, sandbox=False)
-        assert r.fs == 200 and 0 < r.duration <= 1e5 and not np.isinf(r.signal).any()
-    except InputError as e: assert "\n" not in str(e) and len(str(e)) <= 1024
-    assert time.monotonic() - t < 5
-
-
 def test_edf_no_patient_data(tmp_path):
     "What stands in the header and in annotations is nowhere in the recording."
     r = read_recording(write(tmp_path, f"{CANARY}.edf", edf(noise(19, 2000), reserved="EDF+D", onsets=list(range(10)))))
@@ -301,33 +282,6 @@ def test_parquet_bombs(tmp_path):
         try: assert read_recording(path).n_times == claimed
         except InputError as e: assert "\n" not in str(e)
     for cut in (4, 9, 11, 12, 100, len(content) - 1): refused(write(tmp_path, "c.parquet", content[:cut]), sandbox=False)
-
-
-@given(st.lists(st.tuples(st.integers(1, 6000), st.integers(0, 255)), min_size=1, max_size=6))
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_npz_mat_csv_mutants(tmp_path, changes):
-    "Flipped bytes of small npz, npy, mat and csv files never end in anything but a recording or one line."
-    for name, seed in small_files(tmp_path).items():
-        content = bytearray(seed)
-        for at, byte in changes: content[at % len(content)] = byte
-        try: read_recording(write(tmp_path, name, bytes(content)), sandbox=False)
-        except (InputError, MemoryError) as e: assert "\n" not in str(e)
-
-
-SMALL: dict[str, bytes] = {}
-
-
-def small_files(folder):
-    "One small file per format, made once."
-    if not SMALL:
-        from scipy.io import savemat
-        x = noise(20, 200)
-        np.savez(folder / "s.npz", signal=x, fs=200.0)
-        np.save(folder / "s.npy", x)
-        savemat(folder / "s.mat", {"seg": x}, do_compression=True)
-        pd.DataFrame(x.T, columns=HMS).round(1).to_csv(folder / "s.csv", index=False)
-        SMALL.update({p.name: p.read_bytes() for p in sorted(folder.glob("s.*"))})
-    return SMALL
 
 
 def test_csv_dialects(tmp_path):
@@ -390,6 +344,9 @@ def test_array_bombs(tmp_path):
     with zipfile.ZipFile(tmp_path / "c.npz", "w") as z:
         for k in range(40): z.writestr(f"{k}.npy", b"")
     assert "40 arrays" in refused(tmp_path / "c.npz")
+    np.savez_compressed(tmp_path / "d.npz", signal=noise())
+    content = (tmp_path / "d.npz").read_bytes()
+    for broken in (content[:5000] + b"\0\0" + content[5002:], content[:-30]): assert "damaged zip archive" in refused(write(tmp_path, "d.npz", broken), sandbox=False)
     np.save(tmp_path / "d.npy", np.zeros((7, 300)))
     assert "has the shape 7 x 300" in refused(tmp_path / "d.npy", sandbox=False)
     np.save(tmp_path / "e.npy", np.full((19, 3000), np.inf))
@@ -576,5 +533,9 @@ def test_mat_with_other_names(tmp_path):
     recording = read_recording(tmp_path / "a.mat", fs=None, sandbox=False)
     assert recording.fs == 250 and "unit" in [i.kind for i in recording.issues]
     assert_allclose(recording.eeg, x[:19], rtol=1e-5)
+    savemat(tmp_path / "b.mat", {"EEG": x})
+    assert_allclose(read_recording(tmp_path / "b.mat", sandbox=False).eeg, x[:19], rtol=1e-5)
+    savemat(tmp_path / "b.mat", {"seg": x + 1j})
+    assert "complex128, not real numbers" in refused(tmp_path / "b.mat", sandbox=False)
     savemat(tmp_path / "b.mat", {"one": x, "two": x})
     with pytest.raises(InputError, match="a MATLAB file with one, two"): read_recording(tmp_path / "b.mat", sandbox=False)

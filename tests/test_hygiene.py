@@ -207,3 +207,12 @@ def test_tests_that_are_named_exist():
     rows = [line for line in text.splitlines() if re.match(r"\| \d+ \|", line)]
     assert lost == [] and len(named) > 60 and len(rows) == 20
     assert all("tests/test_" in row or "not shown yet" in row for row in rows)
+
+
+def test_seeded_faults_are_current():
+    "Every fault of `make mutation` has its place and its test; every row of the page on safety has one."
+    from mutation import FAULTS
+
+    outdated = [f.name for f in FAULTS if (ROOT / f.file).read_text().count(f.old) != 1]
+    lost = [f.test for f in FAULTS if not re.search(rf"^def {re.escape(f.test.partition('::')[2].partition('[')[0])}\(", (ROOT / f.test.partition("::")[0]).read_text(), re.M)]
+    assert outdated == [] and lost == [] and {f.row for f in FAULTS} == set(range(1, 21)) and len({f.name for f in FAULTS}) == len(FAULTS)

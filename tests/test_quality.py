@@ -177,4 +177,4 @@ def test_the_bound_on_clipping_is_one(step):
     bound = most_clipped(x.reshape(19, 40, 200), 10)
     exact = np.stack([share_clipped(x[:, 200 * s:200 * (s + 10)]) for s in range(31)])
     assert bound.shape == exact.shape and (bound >= exact - 1e-9).all()
-    assert bound[:, 3].min() >= 1 and exact.max() > 0.05 and np.median(bound) < 0.5
+    assert bound[:, 3].min() >= 1 and exact.max() > 0.05 and np.median(bound - exact) < 0.1

@@ -8,7 +8,7 @@ Docs: https://hms-brain.github.io/hms_brain/formats.tables.html.md"""
 __all__ = ['SPECTROGRAM_NAME', 'TIME_NAMES', 'MAX_TEXT', 'MAX_MEMBERS', 'IIIC_NAMES', 'MAT_NUMBERS', 'refuse_other_tables',
            'rate_from_times', 'time_column', 'table_defaults', 'open_parquet', 'parquet_columns', 'check_columns',
            'read_parquet', 'split_header', 'first_bad_line', 'read_csv', 'check_npy', 'oriented', 'raw_from_array',
-           'read_npy', 'npz_arrays', 'read_npz', 'from_mat', 'mat_signal', 'read_mat', 'spectrogram_names',
+           'read_npy', 'inflate', 'npz_arrays', 'read_npz', 'from_mat', 'mat_signal', 'read_mat', 'spectrogram_names',
            'read_spectrogram', 'read_rated_spectrogram']
 
 # %% ../../nbs/05_formats.tables.ipynb #3bd60a3e
@@ -16,7 +16,7 @@ import io
 import math
 import re
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 import numpy as np
 from ..core import CHANNELS, FS, HMS_COLUMNS, REGIONS, InputError
@@ -270,26 +270,31 @@ def read_npy(
 # %% ../../nbs/05_formats.tables.ipynb #d2350be2
 MAX_MEMBERS = 16
 
+def inflate(
+    archive: zipfile.ZipFile,
+    path: Path,  # for the message
+) -> Iterator[tuple[str, np.ndarray]]:  # member name without .npy, array
+    "The arrays of an open NPZ, each checked before it is inflated. Raises `InputError`."
+    members = archive.infolist()
+    if not all(m.filename.endswith(".npy") for m in members): raise InputError("is a zip archive of other files", path, "unpack it and give the recording")
+    if len(members) > MAX_MEMBERS: raise InputError(f"has {len(members)} arrays", path, f"{MAX_MEMBERS} at most")
+    check_decoded(sum(m.file_size for m in members) / 4, path)
+    for m in members:
+        with archive.open(m) as f:
+            head = f.read(20_000)
+            shape, fortran, dtype, offset = check_npy(head, m.file_size, path, "fiuUSb")
+            data = head + f.read(m.file_size - len(head))
+        if len(data) != m.file_size: raise InputError(f"its array {m.filename[:40]} is cut off", path, "save it again")
+        yield m.filename.removesuffix(".npy"), np.frombuffer(data, dtype, offset=offset).reshape(shape, order="F" if fortran else "C")
+
 def npz_arrays(
     path: Path,
 ) -> dict[str, np.ndarray]:  # member name without .npy -> array
-    "The arrays of an NPZ, each checked before it is inflated. Raises `InputError`."
-    out = {}
-    try: archive = zipfile.ZipFile(path)
-    except (zipfile.BadZipFile, NotImplementedError, ValueError): raise InputError("is a damaged zip archive", path, "save it again with numpy.savez") from None
-    with archive:
-        members = archive.infolist()
-        if not all(m.filename.endswith(".npy") for m in members): raise InputError("is a zip archive of other files", path, "unpack it and give the recording")
-        if len(members) > MAX_MEMBERS: raise InputError(f"has {len(members)} arrays", path, f"{MAX_MEMBERS} at most")
-        check_decoded(sum(m.file_size for m in members) / 4, path)
-        for m in members:
-            with archive.open(m) as f:
-                head = f.read(20_000)
-                shape, fortran, dtype, offset = check_npy(head, m.file_size, path, "fiuUSb")
-                data = head + f.read(m.file_size - len(head))
-            if len(data) != m.file_size: raise InputError(f"its array {m.filename[:40]} is cut off", path, "save it again")
-            out[m.filename.removesuffix(".npy")] = np.frombuffer(data, dtype, offset=offset).reshape(shape, order="F" if fortran else "C")
-    return out
+    "The arrays of an NPZ. Raises `InputError`, whatever zipfile and zlib say about damage."
+    try:
+        with zipfile.ZipFile(path) as archive: return dict(inflate(archive, path))
+    except (InputError, MemoryError): raise
+    except Exception as e: raise InputError(f"is a damaged zip archive ({type(e).__name__})", path, "save it again with numpy.savez") from e
 
 # %% ../../nbs/05_formats.tables.ipynb #9159799d
 def read_npz(
@@ -337,7 +342,7 @@ def read_mat(
 ) -> Raw:
     "Read an IIIC file: 20 channels, 200 Hz, uV, as `seg` or `seg_10sec`; of other files the only such table. Raises `InputError`."
     variables = from_mat(path)
-    if "EEG" in variables or {"data", "srate", "chanlocs"} <= set(variables):
+    if variables.get("EEG", ((), ""))[1] == "struct" or {"data", "srate", "chanlocs"} <= set(variables):
         from hms_brain.formats.mne import read_mne
         return read_mne(path, request, "eeglab")
     name = mat_signal(variables)
@@ -348,7 +353,9 @@ def read_mat(
     rate = next((n for n in ("Fs", "fs", "sfreq") if n in variables and variables[n][1] in MAT_NUMBERS and math.prod(variables[n][0]) == 1), None)
     fs = float(from_mat(path, rate).item()) if rate else FS if name in IIIC_NAMES else None
     if fs is not None and not 0 < fs < math.inf: raise InputError(f"its {rate} is {fs:g}", path, "save the sampling rate in Hz")
-    return raw_from_array(from_mat(path, name), request, path, fs, unit="uV" if name in IIIC_NAMES else None)
+    x = from_mat(path, name)
+    if x.dtype.kind not in "fiu": raise InputError(f"its {name} holds {x.dtype}, not real numbers", path, "save the real part")  # the header does not tell
+    return raw_from_array(x, request, path, fs, unit="uV" if name in IIIC_NAMES else None)
 
 # %% ../../nbs/05_formats.tables.ipynb #aa0aefbc
 def spectrogram_names() -> list[str]:  # 400 names, LL_0.59 ... RP_19.92
