@@ -121,7 +121,8 @@ class Room:
 
 # %% ../nbs/84_dash.ipynb #2722a9eb
 def without_token(
-    path: str, query: str,
+    path: str,  # of the address
+    query: str,  # of the address, without ?
 ) -> str:  # the same address, for the browser's list of pages
     "An address with everything it asks for but the token."
     rest = urlencode([(k, v) for k, v in parse_qsl(query) if k != "token"])

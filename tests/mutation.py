@@ -59,7 +59,7 @@ FAULTS = [Fault(row, name, file if file.endswith(".lock") else f"hms_brain/{file
     (15, "dashboards show tracebacks", "dash", '"show_tracebacks": False', '"show_tracebacks": True', "test_dash.py::test_the_launcher_is_closed_by_default"),
     (16, "labels are markup", "exports", "Environment(autoescape=True)", "Environment(autoescape=False)", "test_predict.py::test_labels_cannot_run"),
     (16, "cells are formulas", "exports", "return f\"'{value}\" if", "return value if", "test_predict.py::test_labels_cannot_run"),
-    (17, "the service centres what training did not", "service/core", "Window(from_arrays(eeg, FS", "Window(from_arrays(eeg - np.float32(np.nanmean(eeg)), FS", "test_service.py::test_one_recording_four_ways"),
+    (17, "the service centres what training did not", "service/core", "Window(from_arrays(eeg, FS", "Window(from_arrays(eeg - np.float32(np.nanmean(eeg)), FS", "test_service.py::test_one_recording_every_way"),
     (17, "an export that differs is written", "bundle", "    if not max(parity.values()) <= PARITY: raise", "    if False: raise", "test_bundle.py::test_export_refuses_what_does_not_agree"),
     (18, "no drain", "service/limits", "        if slots.draining: return await refuse(", "        if False: return await refuse(", "test_service.py::test_sigterm_cuts_no_answer"),
     (18, "jobs of the dead are forgotten", "service/jobs", "    ledger.run(\"UPDATE jobs SET state = 'waiting' WHERE state = 'running'\")\n", "", "test_service.py::test_twenty_kills_one_result_each"),

@@ -271,7 +271,7 @@ def read_npy(
 MAX_MEMBERS = 16
 
 def inflate(
-    archive: zipfile.ZipFile,
+    archive: zipfile.ZipFile,  # open
     path: Path,  # for the message
 ) -> Iterator[tuple[str, np.ndarray]]:  # member name without .npy, array
     "The arrays of an open NPZ, each checked before it is inflated. Raises `InputError`."
