@@ -13,7 +13,8 @@ import pytest
 from conftest import ROOT
 from test_cli import HMS
 
-BLOCKS = [[line.partition(" #")[0].strip() for line in block.splitlines()] for block in re.findall(r"```sh\n(.*?)\n```", (ROOT / "README.md").read_text(), re.S)]
+# the lines of its blocks, but for the one that changes the shell
+BLOCKS = [[line.partition(" #")[0].strip() for line in block.splitlines() if not line.startswith(". ")] for block in re.findall(r"```sh\n(.*?)\n```", (ROOT / "README.md").read_text(), re.S)]
 LESS = {"hms simulate": "--workers 1 --patients 6", "hms prepare": "-p folds=2 -p limit=48", "hms train": "-p batch_size=8 -p epochs=1", "hms evaluate": "-p bootstraps=20 -p robustness=3",
         "hms report": "-p bootstraps=20 -p robustness=0 -p embedding=pca", "hms explain": "-p step=10", "hms crossval": "-p epochs=1 -p bootstraps=20 -p limit=16", "hms search": "-p trials=1 -p epochs=1 -p limit=16"}
 
