@@ -285,8 +285,9 @@ def scan_file(
     workers, around = threads or get_settings().system.threads, CONTEXT_S if "image" in predictor.bundle.inputs else WINDOW_S
     with threadpool_limits(1), bar, ThreadPoolExecutor(workers) as pool:
         try:
-            pieces = ahead(read_pieces(path, [plan.span(plan.blocks[k], around) for k in left], **reading))
-            for k, (piece, stretch) in zip(left, ahead((piece, make_stretch(predictor, piece, plan.firsts[plan.blocks[k]])) for k, piece in zip(left, pieces))):
+            belt = ahead if workers > 1 else iter  # one thread is one thread: in an archive the other cores have work of their own
+            pieces = belt(read_pieces(path, [plan.span(plan.blocks[k], around) for k in left], **reading))
+            for k, (piece, stretch) in zip(left, belt((piece, make_stretch(predictor, piece, plan.firsts[plan.blocks[k]])) for k, piece in zip(left, pieces))):
                 if piece.id not in ("", ledger["recording"]["id"]): raise InputError("has changed since the scan began", path, "scan it again into another folder")
                 table = answer_block(predictor, piece, plan.firsts[plan.blocks[k]], plan.n_times, pool, lambda new: bar.update(len(new)), stretch)
                 keep_block(out, ledger, k, table, piece)
