@@ -105,7 +105,7 @@ def region_power(
         x = cut_windows(pairs, starts[i:i + block], n_window)
         a, b = x[..., :half], x[..., ::-1][..., :half]
         power, odd = (a + b) @ from_even, (a - b) @ from_odd
-        power *= power  # in place: new arrays of this size cost more than the product
+        power *= power  # in place: no further arrays of this size
         odd *= odd
         power += odd
         power = power.reshape(*x.shape[:2], -1, n_bins).sum(2) / (3 * fs)
@@ -218,7 +218,7 @@ def row_weights(
 def to_rows(
     power: np.ndarray,  # (4, n_bins, n_cols) uV^2/Hz, NaN in columns without data
     freqs: np.ndarray,  # (n_bins,) Hz, evenly spaced
-    dtype: type = np.float64,  # of the rows; np.float32: half the time, enough for an image
+    dtype: type = np.float64,  # of the rows; np.float32 is enough for an image
 ) -> tuple[np.ndarray, np.ndarray]:  # (4, 56, n_cols), 0 without data; (4, n_cols) True where there is data
     "The 56 rows of each region, still as power."
     there = np.isfinite(power).all(1)

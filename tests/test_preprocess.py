@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from scipy.io import loadmat
 
 from hms_brain.core import CHANNELS, FS, InputError
-from hms_brain.preprocess import MIN_S, ModelInput, Preprocess, window_centres
+from hms_brain.preprocess import MIN_S, ModelInput, Preprocess, Stretch, window_centres
 from hms_brain.records import Issue, Recording
 from hms_brain.signal import bandpass
+from hms_brain.simulate import simulate_recording
 from hms_brain.spectrogram import regional_spectrogram
 
 PREPROCESS = Preprocess()
@@ -241,3 +242,13 @@ def test_kaggles_context_and_our_own_agree(real):
         assert known.sum() >= 25
         assert np.abs(theirs.image[0] - ours.image[0])[:, known].mean() < 0.002  # 0.07 dB
         assert same(theirs, theirs) and np.allclose(theirs.eeg, ours.eeg, atol=0.05)
+
+
+def test_another_band_is_not_judged_by():
+    "Quality is judged within 0.5-20 Hz whatever the network hears: its own band is used for that only where it is the same."
+    r = simulate_recording(seed=3, pattern="gpd", duration=60)
+    same, other = (Stretch(Preprocess(low=low), r.eeg, 0, (400, 400)) for low in (0.5, 2.0))
+    assert same.judged() is not None and other.judged() is None
+    assert [f.kind for f in same.judge(400).flags] == [f.kind for f in other.judge(400).flags] and not same.judge(400).abstain
+    small = Stretch(Preprocess(low=2.0), r.eeg * np.float32(1e-6), 0, (400, 400))
+    assert small.judge(400).abstain
