@@ -31,7 +31,7 @@ def band_histogram(
     eeg: np.ndarray,  # (19, n_times) uV
 ) -> np.ndarray:  # (6 bands, n_bins) counts of spectrogram cells
     "How loud each band of the regional spectrogram is, as a histogram of dB."
-    db = 10 * np.log10(np.maximum(np.nan_to_num(regional_spectrogram(eeg)[1][:, :, 3:-3]), 1e-4))
+    db = 10 * np.log10(np.maximum(np.nan_to_num(regional_spectrogram(eeg, threads=1)[1][:, :, 3:-3]), 1e-4))
     return np.array([np.histogram(np.clip(db[:, (FREQS >= a) & (FREQS < b)], -39, 59), DB_EDGES)[0] for a, b in DB_BANDS])
 
 def neighbour_correlation(

@@ -223,7 +223,7 @@ class Stretch(Bands):
         step, wide = int(SPEC_STEP * FS), self.band(True, mains)
         start = self.reach[0] + (middle - self.reach[0]) % step
         at = [(sample - self.begin) / FS for sample in (start, self.reach[1])]
-        return start, self.once(("columns", id(wide), start), lambda: regional_spectrogram(wide, FS, None, *at)[1])
+        return start, self.once(("columns", id(wide), start), lambda: regional_spectrogram(wide, FS, None, at[0], at[1], threads=1)[1])
 
     def context(self, middle: int, mains: float | None = None) -> tuple[np.ndarray, np.ndarray]:  # times from the centre, s; power (4, 100, n_cols)
         "What the stretch has within 5 min on both sides of a window's centre."

@@ -266,7 +266,7 @@ def write_eeg(path: Path, sim: Simulated, start: float, stop: float):
 
 def write_spectrogram(path: Path, sim: Simulated, lead_in: float = LEAD_IN):
     "The recording's regional spectrogram as `<spectrogram_id>.parquet`; its clock is such that the first window begins at 275 s."
-    table = regional_table(sim.recording.eeg)
+    table = regional_table(sim.recording.eeg, threads=1)
     table["time"] += round(LEAD_IN - lead_in)
     write_parquet(path, {c: table[c].to_numpy() for c in table})
 
