@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -35,7 +36,7 @@ from hms_brain.service.core import input_hash, problem
 from hms_brain.service.jobs import Ledger
 from hms_brain.service.stream import write_block
 from hms_brain.service.tokens import AUDIENCE, SCOPES, Terms, make_token, read_terms
-from hms_brain.service.web import NPY, create_app, running_service
+from hms_brain.service.web import NPY, create_app, listen, running_service
 from hms_brain.simulate import simulate_recording
 
 SECRET = b"a secret of more than thirty-two bytes"
@@ -234,6 +235,12 @@ def test_refuses_to_start(env, host, said):
     clean = {k: v for k, v in os.environ.items() if k != "HMS_SECRET"}
     done = subprocess.run(words, env=clean | {f"HMS_DEPLOYMENT_{k}": v for k, v in env.items()}, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and done.stdout == "" and len(done.stderr.strip().splitlines()) == 1 and said in done.stderr, done.stderr
+
+
+def test_an_answer_does_not_wait_for_its_receipt():
+    "Without this every answer takes 40 ms longer: a listening socket passes it on to its connections."
+    with listen("127.0.0.1", 0) as door, socket.create_connection(door.getsockname()):
+        with door.accept()[0] as connection: assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 def test_secrets_in_files(tmp_path, monkeypatch):
