@@ -7,7 +7,7 @@ Docs: https://hms-brain.github.io/hms_brain/app.html.md"""
 # %% auto #0
 __all__ = ['HEADERS_FIRST', 'MAX_FILES', 'TEMPLATES', 'CSS', 'HEAD', 'FOCUS', 'LIMIT', 'STEPS', 'ENDED', 'UNITS_OFFERED',
            'PAGE_POLICY', 'take_in', 'sample_file', 'understood', 'map_rows', 'read_map', 'fill', 'theme', 'Desk',
-           'show_report', 'make_files', 'build_app', 'PagePolicy', 'mount_app', 'create_app', 'check_app',
+           'show_report', 'make_files', 'build_app', 'PagePolicy', 'CutUploads', 'mount_app', 'create_app', 'check_app',
            'page_beside', 'serve_app']
 
 # %% ../nbs/82_app.ipynb #47ecfe2d
@@ -295,6 +295,20 @@ class PagePolicy:
         await self.app(scope, receive, with_policy)
 
 # %% ../nbs/82_app.ipynb #48a70176
+class CutUploads:
+    "ASGI middleware: removes what uploads that were cut off have left, when none is under way. Whole ones lie in folders of their own by then."
+    def __init__(self, app, folder: Path):
+        self.app, self.folder, self.under_way = app, folder, 0
+
+    async def __call__(self, scope, receive, send):
+        if not scope.get("path", "").endswith("/upload"): return await self.app(scope, receive, send)
+        self.under_way += 1
+        try: await self.app(scope, receive, send)
+        finally:
+            self.under_way -= 1
+            for left in self.folder.iterdir() if not self.under_way and self.folder.is_dir() else ():
+                if left.is_file(): left.unlink()
+
 def mount_app(
     app: "FastAPI",
     path: str = "/app",  # where
@@ -302,12 +316,14 @@ def mount_app(
 ) -> Sessions:
     "Put the page and its viewer into an application. The application brings `HostGuard` and `PagePolicy`, and closes the sessions at its end."
     sessions = sessions or Sessions()
-    os.environ.update(GRADIO_ANALYTICS_ENABLED="False", GRADIO_TEMP_DIR=str(sessions.root / "uploads"), HF_HUB_OFFLINE="1")
+    uploads = sessions.root / "uploads"
+    os.environ.update(GRADIO_ANALYTICS_ENABLED="False", GRADIO_TEMP_DIR=str(uploads), HF_HUB_OFFLINE="1")
     import gradio as gr
     base = path.rstrip("/")
     app.mount(f"{base}/viewer", viewer_app(sessions))
     gr.mount_gradio_app(app, build_app(sessions, f"{base}/viewer/"), base or "/", footer_links=[], show_error=False, max_file_size=LIMIT, ssr_mode=False,
                         enable_monitoring=False, mcp_server=False, app_kwargs={"docs_url": None, "redoc_url": None, "openapi_url": None}, pwa=False, theme=theme(), css=CSS, head=HEAD)
+    app.add_middleware(CutUploads, folder=uploads)
     return sessions
 
 # %% ../nbs/82_app.ipynb #161e39b0

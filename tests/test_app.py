@@ -110,6 +110,14 @@ def give(tab, *files):
     chooser.value.set_files([str(f) for f in files])
 
 
+def wait_for(what, seconds=60):
+    "Until it is true."
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end, "never true"
+        time.sleep(0.05)
+
+
 def until(frame, expression, timeout=WAIT_MS / 1000):
     "Wait until an expression is true. The page's policy forbids eval, so it is asked from outside."
     end = time.monotonic() + timeout
@@ -485,6 +493,20 @@ def test_doors(server):
     assert "'unsafe-inline'" not in httpx.get(f"{address}/viewer/").headers["content-security-policy"].split("style-src")[0]
     assert "default-src 'self'" in httpx.get(address).headers["content-security-policy"]
     assert httpx.get(f"{address}/openapi.json").status_code == 404
+
+
+def test_an_upload_cut_off_leaves_nothing(server):
+    "Half of a file, then silence; a whole one stays."
+    address, _, folder = server
+    host, port = address.removeprefix("http://").split(":")
+    head = b'--edge\r\nContent-Disposition: form-data; name="files"; filename="night.edf"\r\n\r\n'
+    with socket.create_connection((host, int(port))) as s:
+        s.sendall(f"POST /gradio_api/upload HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Type: multipart/form-data; boundary=edge\r\nContent-Length: 9000000\r\n\r\n".encode() + head + bytes(3_000_000))
+        files = lambda: [f for f in folder.glob("hms_app_*/uploads/*") if f.is_file()]
+        wait_for(files)
+    wait_for(lambda: not files())
+    done = httpx.post(f"{address}/gradio_api/upload", files={"files": ("whole.edf", b"0" * 1000)}, timeout=60)
+    assert done.status_code == 200 and Path(done.json()[0]).read_bytes() == b"0" * 1000 and not files()
 
 
 def test_one_byte_too_many(tmp_path, monkeypatch):
