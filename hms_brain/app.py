@@ -28,7 +28,7 @@ from .events import burden
 from .formats.sandbox import sniff
 from .pages import Reader, labels_of, open_reader
 from .plots import plot_burden
-from .reports import levels
+from .scan_files import levels
 from .results import length, render, report_html, write_downloads
 from .session import Session, Sessions, begin
 from .viewer import HostGuard, viewer_app

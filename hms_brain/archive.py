@@ -21,7 +21,7 @@ from .bundle import default_bundle
 from .core import NOTICE, InputError, get_settings, read_json, write_json
 from .predict import Predictor
 from .records import keyed_hash
-from .reports import write_scan
+from .scan_files import write_scan
 from .scan import LEDGER, scan_file
 
 # %% ../nbs/74_archive.ipynb #47a54a48

@@ -96,7 +96,7 @@ def scan(
     if cluster: raise InputError("spreads the recordings of an archive", "--cluster", "name a folder or a pattern")
     from hms_brain.events import find_events, score_events
     from hms_brain.predict import Predictor
-    from hms_brain.reports import write_scan
+    from hms_brain.scan_files import write_scan
     from hms_brain.scan import scan_file
     done = scan_file(source, out, Predictor(bundle), step, threads=threads, progress=True, **reading)
     files = write_scan(out, done, source if annotated else None)

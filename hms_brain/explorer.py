@@ -63,7 +63,7 @@ def scan_text(
     threshold: float,  # 0..1, where events begin
 ) -> tuple[str, str]:  # HTML: what was found; events and burden
     "What a scan says."
-    from hms_brain.reports import describe
+    from hms_brain.scan_files import describe
     told = describe(scan, events)
     facts = grid([{"": k, " ": v} for k, v in told["facts"]])
     head = f'<div class="hms"><h2>{len(events)} {"event" if len(events) == 1 else "events"} at a threshold of {threshold:.2f}</h2>{note(origin(scan.about["bundle"]["simulated"]))}<p>{escape(told["status"])}</p></div>'

@@ -30,7 +30,7 @@ import numpy as np
 from .bundle import default_bundle
 from .core import CLASS_LABELS, CLASSES, NOTICE, InputError, setting_path
 from .events import Event, find_events
-from .figures import GREY, MODEL, styled
+from .score_plots import GREY, MODEL, styled
 from .plots import CLASS_COLORS
 from .runs import read_run
 from .scan import LEDGER, Scan

@@ -24,7 +24,7 @@ from .core import CLASS_LABELS, CLASSES, NOTICE, VOTE_COLUMNS, InputError, atomi
 from .embedding import flatten, neighbour_votes, similar_windows, window_features
 from .evaluate import LOWER_IS_BETTER, arrays, rater_columns
 from .experts import SPARCNET, average_expert, compare_with_experts, operating_points, read_raters
-from .figures import (plot_calibration_index, plot_class_scores, plot_comparison, plot_confusion, plot_curves, plot_experts_under, plot_history, plot_map,
+from .score_plots import (plot_calibration_index, plot_class_scores, plot_comparison, plot_confusion, plot_curves, plot_experts_under, plot_history, plot_map,
                                plot_reliability, plot_risk, plot_robustness, plot_subgroups)
 from .metrics import kl_divergence
 from .runs import read_run

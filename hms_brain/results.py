@@ -19,7 +19,7 @@ from .core import CLASS_LABELS, CLASSES, CONTEXT_S, NOTICE, WINDOW_S, InputError
 from .embedding import similar_windows
 from .exports import write_prediction
 from .predict import Prediction
-from .reports import clock, describe, write_bids, write_scan, write_table
+from .scan_files import clock, describe, write_bids, write_scan, write_table
 from .scan import LONG_S
 from .session import Session, label_table, predict_at
 

@@ -32,7 +32,7 @@ from .plots import NO_DATA
 from .predict import Prediction, Predictor
 from .preprocess import MARGIN_S
 from .records import Recording
-from .reports import levels
+from .scan_files import levels
 from .scan import BLOCK_S, Scan, ahead, answer_block, describe_scan, plan_scan, read_pieces
 
 if TYPE_CHECKING:

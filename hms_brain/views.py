@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .core import NOTICE, InputError, find_root, get_settings, setting_path
-from .figures import plot_calibration_index, plot_class_scores, plot_comparison, plot_confusion, plot_curves, plot_experts_under, plot_history, plot_reliability, plot_risk, plot_subgroups
+from .score_plots import plot_calibration_index, plot_class_scores, plot_comparison, plot_confusion, plot_curves, plot_experts_under, plot_history, plot_reliability, plot_risk, plot_subgroups
 from .panels import (STYLE, differing, draw, frame, grid, guarded, html, list_answers, list_runs, machine_sample, note, nothing, origin, plot_answers, plot_compared, plot_drift, plot_machine, plot_pace,
                               plot_service, route_rows, rule_rows, run_rows, service_sample, ticker)
 from .runs import read_run

@@ -22,7 +22,7 @@ from hms_brain.core import CHANNELS, CLASSES, FS, InputError
 from hms_brain.pages import open_reader, page, pack_page, unpack_page
 from hms_brain.predict import predict_file
 from hms_brain.records import read_recording
-from hms_brain.reports import write_bids
+from hms_brain.scan_files import write_bids
 from hms_brain.results import peak_time, report_html, write_downloads
 from hms_brain.session import Session, explain_at, predict_at, progress, scan_session
 from hms_brain.simulate import simulate_recording

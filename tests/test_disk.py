@@ -23,7 +23,7 @@ from hms_brain.events import find_events
 from hms_brain.exports import write_csv, write_edf, write_prediction
 from hms_brain.pages import open_reader
 from hms_brain.predict import Predictor, predict_file
-from hms_brain.reports import write_annotated, write_bids, write_scan, write_scan_pdf, write_scan_report, write_szcore, write_table
+from hms_brain.scan_files import write_annotated, write_bids, write_scan, write_scan_pdf, write_scan_report, write_szcore, write_table
 from hms_brain.results import write_archive
 from hms_brain.runs import record_run, update_run
 from hms_brain.scan import Piece, Scan, keep_block

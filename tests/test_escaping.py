@@ -7,7 +7,7 @@ import pytest
 
 from conftest import needs_browser
 from hms_brain.core import CLASSES, NOTICE
-from hms_brain.figures import plot_history
+from hms_brain.score_plots import plot_history
 from hms_brain.predict import Prediction
 from hms_brain.records import Issue
 from hms_brain.scan import Scan
@@ -55,7 +55,7 @@ def an_answer(text, path):
 
 def a_scan(text, path):
     from hms_brain.events import find_events
-    from hms_brain.reports import write_scan_report
+    from hms_brain.scan_files import write_scan_report
     scan = scan_of(text)
     write_scan_report(path, scan, find_events(scan.table, scan.step))
     return path
@@ -71,7 +71,7 @@ def the_app(text, path):
     from hms_brain.app import fill
     from hms_brain.core import CLASS_LABELS
     from hms_brain.events import find_events
-    from hms_brain.reports import describe
+    from hms_brain.scan_files import describe
     from hms_brain.results import REPORT, render
     scan = scan_of(text)
     told = describe(scan, find_events(scan.table, scan.step))

@@ -15,8 +15,8 @@ from packaging.version import Version
 from conftest import ROOT
 
 NBS = sorted((ROOT / "nbs").glob("[0-9][0-9]_*.ipynb"))
-LIGHT = ["core", "records", "simulate", "simset", "twin", "catalog", "runs", "signal", "quality", "spectrogram", "attributes", "preprocess", "metrics", "evaluate", "experts", "plots", "figures", "embedding", "report",
-         "scaling", "uncertainty", "bundle", "predict", "scan", "events", "annotate", "exports", "reports", "archive", "occlusion", "explain_plots", "reasons", "wheels", "kaggle_kernel",
+LIGHT = ["core", "records", "simulate", "simset", "twin", "catalog", "runs", "signal", "quality", "spectrogram", "attributes", "preprocess", "metrics", "evaluate", "experts", "plots", "score_plots", "embedding", "report",
+         "scaling", "uncertainty", "bundle", "predict", "scan", "events", "annotate", "exports", "scan_files", "archive", "occlusion", "explain_plots", "reasons", "wheels", "kaggle_kernel",
          "pages", "session", "results", "viewer", "app", "audit", "drift", "monitor", "watch", "panels", "explorer", "views", "dash", "service.web", "doctor", "bench", "bench_scan", "console", "operate", "cli"]
 FLOORS = {"gradio": "6.20.0", "starlette": "1.3.0", "python-multipart": "0.0.30", "pyjwt": "2.15.0", "torch": "2.10.0", "onnx": "1.23.2",
           "pyarrow": "26.0.0", "voila": "0.5.6", "jupyter-server": "2.20.0", "nbconvert": "7.17.1", "distributed": "2026.1.0"}

@@ -29,7 +29,7 @@ from hms_brain.formats.edf import read_header, record_onsets
 from hms_brain.pages import open_reader
 from hms_brain.predict import Predictor, predict_file
 from hms_brain.records import read_recording
-from hms_brain.reports import write_scan_pdf, write_table
+from hms_brain.scan_files import write_scan_pdf, write_table
 from hms_brain.results import report_html, write_archive, write_downloads
 from hms_brain.scan import Scan
 from hms_brain.session import Session, Sessions, explain_at, progress, scan_session

@@ -8,7 +8,7 @@ from hms_brain.core import CLASSES, InputError, rng_for
 from hms_brain.embedding import flatten, neighbour_votes, principal_components, similar_windows, standardise
 from hms_brain.evaluate import evaluate, load_answers
 from hms_brain.experts import average_expert, operating_points
-from hms_brain.figures import blend_colors, plot_class_scores, plot_confusion, plot_curves, plot_map, plot_reliability, plot_risk, plot_subgroups
+from hms_brain.score_plots import blend_colors, plot_class_scores, plot_confusion, plot_curves, plot_map, plot_reliability, plot_risk, plot_subgroups
 from hms_brain.metrics import PROBABILITIES
 from hms_brain.report import card_markdown, evaluation_sections, experts_beside, known_failures, shown, trained_on_simulation, write_evaluation
 

@@ -25,7 +25,7 @@ from hms_brain.predict import Predictor, predict_file
 from hms_brain.preprocess import Stretch
 from hms_brain.quality import Screen, check_window
 from hms_brain.records import read_recording
-from hms_brain.reports import write_scan
+from hms_brain.scan_files import write_scan
 from hms_brain.scan import Scan, plan_scan, scan_file
 from hms_brain.simulate import simulate_recording
 

@@ -70,7 +70,7 @@ class SpecNet(nn.Module):
 
     def forward(self, eeg: torch.Tensor | None = None, image: torch.Tensor | None = None) -> Output:  # (b, 3, 224, 224); the EEG is not read
         regions = image.unflatten(2, (4, -1))  # type: ignore[union-attr]
-        alive = (image[:, :, ::8].unflatten(3, (COLUMNS, -1)).amax((2, 4)) >= 0).to(image.dtype)  # type: ignore[index]
+        alive = (image[:, :, ::8].unflatten(3, (COLUMNS, -1)).amax((2, 4)) >= 0).to(image.dtype)  # type: ignore[index, union-attr]
         pooled = [pool(panel(regions[:, k]), alive[:, k])[0] for k, (panel, pool) in enumerate(zip(self.panels, self.pools))]
         features = self.norm(torch.cat(pooled, 1))
         return Output(self.head(features), features)
