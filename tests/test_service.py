@@ -324,24 +324,6 @@ def test_steps_of_an_amplifier(client, eeg):
     np.testing.assert_allclose(vector(answer), vector(Predictor(threads=1)(from_arrays(steps * np.float32(scale), 200, CHANNELS)).to_dict()), atol=1e-6)
 
 
-EDGES = {"flat": lambda x: x * 0, "missing": lambda x: x * np.nan, "volts": lambda x: x * 1e-6, "five dead": lambda x: np.where(np.arange(19)[:, None] < 5, 0, x), "gap": lambda x: np.where(np.arange(10000) < 600, np.nan, x),
-         "half missing": lambda x: np.where(np.arange(10000) < 5000, np.nan, x), "infinite": lambda x: np.where(np.arange(10000) == 5, np.inf, x), "impossible": lambda x: x * 1e5, "clipped": lambda x: np.clip(x, -3, 3), "one second": lambda x: x[:, :200]}
-
-
-@pytest.mark.parametrize("name", EDGES)
-def test_edge_cases_end_as_everywhere(client, eeg, name):
-    "The outcome of a predictor on the same numbers: refused, abstained or flagged."
-    x = EDGES[name](eeg).astype(np.float32)
-    body = {"eeg_data": [[None if np.isnan(v) else v for v in row] for row in x.tolist()]}
-    ways = [client.post("/predict", content=npy(x), headers={"content-type": NPY})] + ([] if np.isinf(x).any() else [client.post("/predict", json=body)])
-    try: want = Predictor(threads=1)(from_arrays(x, 200, CHANNELS)).to_dict()
-    except InputError: want = None
-    for answer in ways:
-        if want is None: refused(answer, 422); continue
-        assert answer.json()["reasons"] == list(want["reasons"]) and [f["kind"] for f in answer.json()["quality"]] == [f["kind"] for f in want["quality"]]
-        np.testing.assert_allclose(vector(answer.json()), vector(want), atol=1e-6)
-
-
 def test_the_first_examples(service):
     "What a newcomer pastes into a notebook: random numbers, no options."
     requests = pytest.importorskip("requests")
