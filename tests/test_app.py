@@ -432,8 +432,11 @@ def mend(tab, row, name, electrode):
         tab.mouse.wheel(0, 60)
         tab.wait_for_timeout(300)
     assert given.inner_text().strip() == name
-    to.dblclick()
-    to.locator("textarea").fill(electrode)
+    cell = to.locator("textarea")
+    while not cell.count():  # the table may still be on the move
+        to.dblclick()
+        tab.wait_for_timeout(500)
+    cell.fill(electrode)
     to.locator("textarea").press("Enter")
     to.get_by_text(electrode, exact=True).wait_for()
 

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 from contextlib import contextmanager
+from importlib.metadata import distribution
 from pathlib import Path
 
 import numpy as np
@@ -24,12 +25,14 @@ from hms_brain.exports import write_csv, write_edf, write_prediction
 from hms_brain.pages import open_reader
 from hms_brain.predict import Predictor, predict_file
 from hms_brain.scan_files import write_annotated, write_bids, write_scan, write_scan_pdf, write_scan_report, write_szcore, write_table
+from hms_brain.report import Page, Section, write_page
 from hms_brain.results import write_archive
 from hms_brain.runs import record_run, update_run
 from hms_brain.scan import Piece, Scan, keep_block
 from hms_brain.service.jobs import Ledger
 from hms_brain.simset import simulate_dataset
 from hms_brain.simulate import simulate_recording
+from hms_brain.wheels import make_wheel
 
 pytestmark = pytest.mark.fault
 SIZE = 2 << 20  # bytes
@@ -152,6 +155,8 @@ WRITERS = {
     "annotated copy of a parquet": lambda folder, k, made: write_annotated(folder / "n.edf", made["folder"] / "a.parquet", made["events"] * k),
     "de-identified copy": lambda folder, k, made: deidentify_edf(made["folder"] / "a.edf", folder / f"d{k}.edf"),
     "archive": archive,
+    "page of a run": lambda folder, k, made: write_page(folder / "p.html", Page(f"Run {k}", "One.", "Research use only.", (), [Section("Scores", "They were measured. " * 2000)])),
+    "wheel for a kernel": lambda folder, k, made: make_wheel(distribution("jinja2"), folder),
 }
 
 
