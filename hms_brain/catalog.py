@@ -27,7 +27,7 @@ import numpy as np
 import pandas as pd
 
 from .core import (CLASS_LABELS, CLASSES, CONTEXT_S, VOTE_COLUMNS, InputError, atomic_path, did_you_mean, get_settings, read_json,
-                            setting_path, write_json)
+                            setting_path, write_json, with_progress)
 
 # %% ../nbs/03_catalog.ipynb #1a4377ed
 OFFSETS = ("eeg_label_offset_seconds", "spectrogram_label_offset_seconds")  # s
@@ -343,13 +343,12 @@ def unpack(
     dest: Path,  # folder to fill
 ) -> dict[str, int]:  # file -> bytes
     "Unpack a zip file; members that are there with the right size are skipped. Raises `InputError` for a broken or hostile archive."
-    from tqdm.auto import tqdm
     sizes: dict[str, int] = {}
     try:
         with zipfile.ZipFile(archive) as z:
             members = [i for i in z.infolist() if not i.is_dir()]
             check_space(dest, sum(i.file_size for i in members if not (dest / i.filename).is_file()))
-            for info in tqdm(members, desc="unpacking", mininterval=1.0, disable=len(members) < 100):
+            for info in with_progress(members, len(members), "unpacking" if len(members) >= 100 else ""):
                 target = dest / info.filename
                 if not target.resolve().is_relative_to(dest.resolve()): raise InputError(f"member {info.filename!r} points outside", archive, "do not use it")
                 sizes[info.filename] = info.file_size

@@ -8,7 +8,7 @@ Docs: https://hms-brain.github.io/hms_brain/core.html.md"""
 __all__ = ['CLASSES', 'CLASS_LABELS', 'VOTE_COLUMNS', 'CHANNELS', 'EKG', 'HMS_COLUMNS', 'REGIONS', 'FS', 'WINDOW_S', 'CONTEXT_S',
            'CENTRE_S', 'NOTICE', 'DEFAULTS', 'mirror_index', 'InputError', 'find_root', 'read_ini', 'did_you_mean',
            'get_settings', 'setting_path', 'rng_for', 'disk_reason', 'atomic_path', 'to_jsonable', 'write_json',
-           'read_json', 'sha256_file', 'Registry', 'keep_to_one_core', 'parallel_map']
+           'read_json', 'sha256_file', 'Registry', 'keep_to_one_core', 'with_progress', 'parallel_map']
 
 # %% ../nbs/00_core.ipynb #82574faf
 import hashlib
@@ -241,6 +241,17 @@ def keep_to_one_core():
     from threadpoolctl import threadpool_limits
     threadpool_limits(1)
 
+def with_progress(
+    items: Iterable,  # the work
+    total: int,  # how many they are
+    label: str = "",  # shown beside the bar; empty: no bar
+) -> Iterator:  # the same items
+    "Show how far the work is. In a notebook that papermill runs, whose log shows no widget, by a line now and then."
+    every = 15.0 if "HMS_RUN" in os.environ else 1.0
+    if every > 1: from tqdm import tqdm
+    else: from tqdm.auto import tqdm
+    return iter(tqdm(items, total=total, desc=label, disable=not label, mininterval=every, maxinterval=every))
+
 def parallel_map(
     function: Callable,  # picklable function of one item
     items: Iterable,  # the work
@@ -248,13 +259,11 @@ def parallel_map(
     label: str = "",  # shown beside the progress bar; empty: no bar
 ) -> Iterator:  # results in the order of the items
     "Map a function over items in several processes with a progress bar."
-    from tqdm.auto import tqdm
     items = list(items)
-    bar = dict(total=len(items), desc=label, disable=not label, mininterval=1.0)
     if workers <= 1 or len(items) <= 1:
-        yield from tqdm(map(function, items), **bar)
+        yield from with_progress(map(function, items), len(items), label)
         return
     from concurrent.futures import ProcessPoolExecutor
     from multiprocessing import get_context
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=keep_to_one_core) as pool:
-        yield from tqdm(pool.map(function, items, chunksize=1), **bar)
+        yield from with_progress(pool.map(function, items, chunksize=1), len(items), label)
