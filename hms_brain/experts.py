@@ -19,9 +19,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .core import CLASSES, InputError
-from .evaluate import find_answers, probability_columns, rater_columns
+from .evaluate import probability_columns, rater_columns, read_source
 from .metrics import confusion_scores, interval, patient_draws, ratio
-from .catalog import read_table
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -77,7 +76,7 @@ def rater_sums(
     "Weighted counts of each rater on the windows that the rater rated and whose truth is known."
     known, k = (labels >= 0) & (truth >= 0), np.arange(len(CLASSES))
     true, said = known[..., None] & (truth[..., None] == k), known[..., None] & (labels[..., None] == k)
-    def total(x): return (weight @ x.reshape(len(x), -1).astype(np.float32)).astype(float).reshape(len(weight), labels.shape[1], -1)
+    def total(x): return (weight @ x.reshape(len(x), -1).astype(np.float32)).astype(float).reshape(len(weight), *x.shape[1:])
     return {"hit": total(true & said), "true": total(true), "said": total(said), "rated": total(known[..., None])}
 
 def operating_points(
@@ -222,13 +221,13 @@ def window_weights(
 ) -> Iterator[np.ndarray]:  # (<= CHUNK, n) float32
     "How often each window counts in each sample, some samples at a time."
     index, drawn = patient_draws(np.arange(n) if patient is None else patient, n_boot, seed)
-    for i in range(0, n_boot, CHUNK): yield drawn[i:i + CHUNK, index].astype(np.float32)
+    for i in range(0, max(n_boot, 1), CHUNK): yield drawn[i:i + CHUNK, index].astype(np.float32)
 
 def bootstrap_experts(
     labels,  # (n, raters) class 0..5, -1 = not rated
     probs,  # (n, 6) of the model
     curve: str = "roc",  # "roc": EUROC; "pr": EUPRC
-    n_boot: int = 1000,  # samples
+    n_boot: int = 1000,  # samples; 0: no intervals
     seed: int = 0,  # of the draw
     patient=None,  # (n,) patient of each window; None: windows are drawn
 ) -> dict[str, dict]:  # class -> estimate, median, low, high in per cent; None where undefined
@@ -372,12 +371,11 @@ def read_raters(
     source: "str | os.PathLike | DataFrame",  # parquet, CSV, or the table itself
 ) -> tuple[np.ndarray, np.ndarray | None, str]:  # labels (n, raters), probabilities (n, 6) or None, the model's name
     "Rater labels and a model's probabilities from a table. Raises `InputError`."
-    import pandas as pd
-    path = None if isinstance(source, pd.DataFrame) else find_answers(source)
-    df: pd.DataFrame = source if path is None else pd.read_parquet(path) if path.suffix == ".parquet" else read_table(path)
+    df, path = read_source(source)
     raters, (columns, name) = rater_columns(df), probability_columns(df)
     if not raters: raise InputError("holds no rater", path, "name the columns expert_01, expert_02, ...")
-    labels = check_labels(df[raters].astype("Float64").fillna(-1).to_numpy(float))
+    try: labels = check_labels(df[raters].astype("Float64").fillna(-1).to_numpy(float))
+    except (TypeError, ValueError): labels = check_labels(df[raters].to_numpy(str))  # which refuses words
     if not columns: return labels, None, name
     labels, p = check_answers(labels, df[columns].to_numpy(float))
     return labels, p / p.sum(axis=1, keepdims=True), name
@@ -386,7 +384,7 @@ def read_raters(
 def compare_with_experts(
     labels,  # (n, raters) class 0..5, -1 = not rated
     probs,  # (n, 6) of the model
-    n_boot: int = 1000,  # samples for the intervals
+    n_boot: int = 1000,  # samples for the intervals; 0: none
     seed: int = 0,  # of the draw
     patient=None,  # (n,) patient of each window; None: windows are drawn
 ) -> dict:  # windows, raters, roc, pr, calibration, agreement: JSON-ready

@@ -238,14 +238,14 @@ def weighted_scores(
     parts = np.column_stack([np.ones(n), *means.values(), pairs, *gaps])
     order = np.argsort(patient, kind="stable")
     by_patient = np.add.reduceat(parts[order], np.searchsorted(patient[order], np.arange(drawn.shape[1])))
-    sums = np.vstack([drawn[i:i + 64].astype(float) @ by_patient for i in range(0, len(drawn), 64)])
+    sums = np.vstack([drawn[i:i + 64].astype(float) @ by_patient for i in range(0, max(len(drawn), 1), 64)])
     total, first = sums[:, 0], 1 + len(means)
     out = {k: sums[:, 1 + i] / total for i, k in enumerate(means)}
     if counts: out["kl_excess"] = out["kl"] - out["kl_floor"]
-    error = np.abs(sums[:, first + 36:]).reshape(len(drawn), 7, -1).sum(axis=2) / total[:, None]
+    error = np.abs(sums[:, first + 36:]).reshape(len(drawn), 7, gaps[0].shape[1]).sum(axis=2) / total[:, None]
     out |= {"ece": error[:, 0], "ece_soft": error[:, 1:].mean(axis=1)} | confusion_scores(sums[:, first:first + 36].reshape(-1, 6, 6))
     some = max(1, 2_000_000 // n)
-    areas = [np.hstack([ranking_scores(p[:, k], truth == k, drawn[i:i + some, patient]) for i in range(0, len(drawn), some)]) for k in range(6)]
+    areas = [np.hstack([ranking_scores(p[:, k], truth == k, drawn[i:i + some, patient]) for i in range(0, max(len(drawn), 1), some)]) for k in range(6)]
     for j, key in enumerate(("auroc", "auprc")): out |= {f"macro_{key}": mean_known(np.stack([a[j] for a in areas], -1)), **{f"{c}.{key}": a[j] for c, a in zip(CLASSES, areas)}}
     return out
 
@@ -253,7 +253,6 @@ def weighted_scores(
 # %% ../nbs/40_metrics.ipynb #71b27ca3
 def why_undefined(
     per_class: dict[str, dict],  # class -> support and scores
-    n: int,  # windows
 ) -> dict[str, str]:  # "class.score" -> reason
     "Why a score of a class is None."
     def reason(s, key):
@@ -277,7 +276,7 @@ def scores(
     votes,  # (n, 6) vote counts, or true probabilities
     probs,  # (n, 6) predicted probabilities
     patient=None,  # (n,) patient of each row; gives 95 % intervals
-    n_boot: int = 1000,  # bootstrap samples of patients
+    n_boot: int = 1000,  # bootstrap samples of patients; 0: no intervals
     seed: int = 0,  # of the bootstrap
 ) -> dict:  # nested, JSON-ready; undefined scores are None with a reason under "undefined"
     "All scores of a table of votes and probabilities. Raises `InputError` for values that are not votes or not probabilities."
@@ -291,7 +290,7 @@ def scores(
     per_class = {c: {"support": int((truth == k).sum())} | {key: found[f"{c}.{key}"] for key in ("precision", "recall", "f1", "auroc", "auprc")} for k, c in enumerate(CLASSES)}
     out: dict = dict(n=len(p), kl=None, kl_floor=None, kl_excess=None) | {k: v for k, v in found.items() if "." not in k}
     out |= dict(ties=int(((votes == votes.max(axis=1, keepdims=True)).sum(axis=1) > 1).sum()), per_class=per_class, strata=stratum_scores(votes, kl, truth == p.argmax(axis=1)) if counts else {})
-    undefined = why_undefined(per_class, len(p)) | {k: "all windows or all predictions are of one class" for k in ("kappa", "mcc") if out[k] is None}
+    undefined = why_undefined(per_class) | {k: "all windows or all predictions are of one class" for k in ("kappa", "mcc") if out[k] is None}
     if not counts: undefined |= dict.fromkeys(("kl_floor", "kl_excess", "strata"), "the truth is probabilities: the number of votes is not known")
     if out["macro_auroc"] is None: undefined["macro_auroc"] = "all windows are of one class"
     if patient is not None:
@@ -310,7 +309,7 @@ def patient_draws(
     "Patients drawn with replacement, as many as there are."
     names, index = np.unique(np.asarray(patient), return_inverse=True)
     rng, g = rng_for(seed, "bootstrap"), len(names)
-    return index, np.stack([np.bincount(rng.integers(g, size=g), minlength=g).astype(np.uint16) for _ in range(n)]) if n else np.zeros((0, g), np.uint16)
+    return index, np.stack([np.bincount(rng.integers(g, size=g), minlength=g).astype(np.uint16) for _ in range(n)]) if n > 0 else np.zeros((0, g), np.uint16)
 
 def bootstrap_by_patient(
     fn: Callable,  # function of (y, p) -> number, or None where undefined

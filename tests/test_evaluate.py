@@ -7,7 +7,7 @@ import pytest
 
 from hms_brain.catalog import soft_votes
 from hms_brain.core import CLASSES, VOTE_COLUMNS, InputError, rng_for
-from hms_brain.evaluate import COMPARED, arrays, compare_models, curve_points, evaluate, load_answers, reliability, risk_coverage, subgroups
+from hms_brain.evaluate import COMPARED, arrays, compare_models, curve_points, evaluate, load_answers, load_beside, reliability, risk_coverage, subgroups
 from hms_brain.metrics import PROBABILITIES, bootstrap_by_patient, confusion, kl_rows, patient_draws, sampling_floor, scores, soft_calibration_error, weighted_scores
 
 m = pytest.importorskip("sklearn.metrics")
@@ -122,6 +122,27 @@ def test_models_are_compared_on_shared_windows_only():
     with pytest.raises(InputError, match="two or more"): compare_models({"a": a})
 
 
+def test_tables_of_one_name_are_all_compared(tmp_path):
+    tables = {}
+    for k, folder in enumerate("abc"):
+        (tmp_path / folder / "run").mkdir(parents=True)
+        tables[folder] = table(7, mix=.7 - k / 10)
+        tables[folder].to_parquet(tmp_path / folder / "run/validation.parquet")
+    first = load_answers(tmp_path / "a/run")
+    beside = load_beside(first, [tmp_path / "b/run", tmp_path / "c/run"])
+    assert list(beside) == ["run", "run (2)", "run (3)"] and beside["run"] is first
+    for got, folder in zip(beside.values(), "abc"): np.testing.assert_allclose(arrays(got)[1], arrays(tables[folder])[1])
+
+
+def test_no_bootstrap_no_intervals():
+    whole, bare = evaluate(table(13), n_boot=5), evaluate(table(13), n_boot=0)
+    json.dumps(bare, allow_nan=False)
+    assert bare["kl"] == whole["kl"] and bare["risk_coverage"]["points"][9]["error"] == whole["risk_coverage"]["points"][9]["error"]
+    assert {v["low"] for v in bare["intervals"].values()} == {None} and bare["intervals"]["kl"]["n_patients"] == whole["patients"]
+    row = compare_models({"a": table(7), "b": table(7, mix=.5)}, n_boot=0)[0]
+    assert row["low"] is None and row["better"] is None and row["difference"] == row["value"] - row["first"]
+
+
 def test_subgroups_are_parts():
     t = table(9, simulated=np.arange(N) % 3 == 0, ward=["a", "b", "c", "d"] * (N // 4))
     rows = subgroups(t, ["simulated", "ward"], n_boot=30)
@@ -148,7 +169,7 @@ def test_evaluation_is_strict_json_whatever_the_table():
 def test_tables_that_cannot_be_used(tmp_path):
     t = table(12)
     (tmp_path / "broken.parquet").write_text("no")
-    cases = {"no probabilities": t[list(VOTE_COLUMNS)], "no votes": t[PROBABILITIES], "no rows": t.iloc[:0], "sums to": t.assign(p_lpd=.9), "NaN": t.assign(p_lpd=np.nan), "no votes, a negative": t.assign(lpd_vote=-1), "not a number": t.assign(lpd_vote="a"),
+    cases = {"no probabilities": t[list(VOTE_COLUMNS)], "no votes": t[PROBABILITIES], "no rows": t.iloc[:0], "sums to": t.assign(p_lpd=.9), "NaN": t.assign(p_lpd=np.nan), "no votes, a negative": t.assign(lpd_vote=-1), "row 3 names no patient": t.assign(patient_id=[None if i == 3 else f"p{i}" for i in range(N)]), "not a number": t.assign(lpd_vote="a"),
              "not readable as parquet": tmp_path / "broken.parquet", "neither validation.parquet": tmp_path, "is not there": tmp_path / "none.csv"}
     for words, source in cases.items():
         with pytest.raises(InputError, match=words) as e: load_answers(source)

@@ -175,12 +175,16 @@ def test_everything_is_strict_json_and_intervals_are_ordered():
     assert found["roc"]["grda"]["estimate"] is None and found["calibration"]["lpd"]["raters"][3] is None
     assert all(v["low"] <= v["median"] <= v["high"] for v in found["roc"].values() if v["estimate"] is not None)
     assert bootstrap_experts(labels, p, n_boot=10) == bootstrap_experts(labels, p, n_boot=10)
+    bare = compare_with_experts(labels, p, n_boot=0)
+    assert bare["pr"]["lpd"] == found["pr"]["lpd"] | dict.fromkeys(("median", "low", "high"))
 
 
-def test_labels_that_cannot_be_used():
+def test_labels_that_cannot_be_used(tmp_path):
     labels, p = draw(10, 20)
+    (tmp_path / "broken.parquet").write_text("no")
     for words, call in {"shape": lambda: check_labels([0, 1]), "not a class": lambda: check_labels([[0, 7]]), "not a class ": lambda: check_labels([["a", "b"]]), "six per window": lambda: experts_under_curve(labels, p[:5]),
-                        "not six probabilities": lambda: experts_under_curve(labels, p * 2), "unknown curve": lambda: experts_under_curve(labels, p, "auc"), "holds no rater": lambda: read_raters(pd.DataFrame({"p_lpd": [1.]}))}.items():
+                        "not six probabilities": lambda: experts_under_curve(labels, p * 2), "unknown curve": lambda: experts_under_curve(labels, p, "auc"), "holds no rater": lambda: read_raters(pd.DataFrame({"p_lpd": [1.]})), "not a class  ": lambda: read_raters(pd.DataFrame({"expert_1": ["lpd"], "expert_2": ["gpd"]})),
+                        "not readable as parquet": lambda: read_raters(tmp_path / "broken.parquet")}.items():
         with pytest.raises(InputError, match=words.strip()): call()
 
 

@@ -49,6 +49,8 @@ def test_a_page_stands_alone(table, result, tmp_path):
     assert "<script>alert(1)" not in text and text.count("plotly.js v") == 1 and "NaN" not in data.read_text()
     assert "simulated EEG" in text and "Research use only; not a medical device." in text
     assert len(evaluation_sections(table, result)) < len(evaluation_sections(table, result, experts_beside(table, 10)))
+    page, _ = write_evaluation(tmp_path, table, evaluate(table, n_boot=0), experts_beside(table, 0))
+    assert "0 bootstrap samples" in page.read_text()
 
 
 def test_failures_are_what_the_numbers_say(result):
