@@ -9,10 +9,10 @@ __all__ = ['HIGH', 'LOW', 'SHORTEST_S', 'MERGE_S', 'WORDS', 'STATUS_RUN_S', 'STA
            'prevalence', 'active_windows', 'burden', 'status', 'read_events', 'score_events']
 
 # %% ../nbs/72_events.ipynb #3b2f4de2
+import csv
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -141,7 +141,7 @@ def read_events(
     "The marks of a reader. Raises `InputError` for a table without times."
     import pandas as pd
     try: table = pd.read_csv(path, sep=None, engine="python")
-    except (OSError, ValueError) as e: raise InputError(f"is not a table ({type(e).__name__})", str(path), "give a TSV with onset and duration") from None
+    except (OSError, ValueError, csv.Error) as e: raise InputError(f"is not a table ({type(e).__name__})", str(path), "give a TSV with onset and duration") from None
     if not {"onset", "duration"} <= set(table): raise InputError("has no columns onset and duration", str(path), "give a TSV of SzCORE or BIDS")
     named = next((c for c in ("eventType", "trial_type") if c in table), None)
     wanted = ("sz", "seiz") if kind == "seizure" else (kind,)

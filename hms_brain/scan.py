@@ -216,11 +216,12 @@ class Scan:
     def load(cls,
         folder: str | os.PathLike,  # written by `scan_file`
     ) -> "Scan":
-        "Open a finished scan. Raises `InputError` when there is none or it is not finished."
+        "Open a finished scan. Raises `InputError` when there is none, or it is not finished or damaged."
         import pandas as pd
         about = read_json(Path(folder) / LEDGER)
         if about.get("format") != FORMAT or about.get("state") != "done": raise InputError("holds no finished scan", str(folder), "run the same hms scan again: it goes on where it stopped")
-        return cls(about, pd.read_parquet(Path(folder) / TABLE))
+        try: return cls(about, pd.read_parquet(Path(folder) / TABLE))
+        except (OSError, ValueError) as e: raise InputError(f"cannot be read ({type(e).__name__})", Path(folder) / TABLE, "remove the folder and scan again") from None
 
     def summary(self) -> dict:  # plain types
         "How much was judged, and what was found most."

@@ -63,7 +63,7 @@ def places() -> list[tuple[str, dict]]:  # class, row and col
 def plot_class_scores(
     result: dict,  # of `evaluate`
 ) -> "Figure":
-    "Recall, precision and area under the ROC of each class, with intervals."
+    "Recall, precision, area under the ROC and average precision of each class, with intervals."
     from plotly.subplots import make_subplots
     keys = {"recall": "recall", "precision": "precision", "auroc": "area under the ROC", "auprc": "average precision"}
     figure = make_subplots(rows=1, cols=4, subplot_titles=list(keys.values()), shared_yaxes=True, horizontal_spacing=.03)
@@ -144,8 +144,9 @@ def plot_calibration_index(
         x = [v for v in table[c]["raters"] if v is not None]
         figure.add_scatter(x=x, y=[k + .12 * ((j % 5) - 2) for j in range(len(x))], mode="markers", marker=dict(size=8, color="rgba(95,105,120,.5)", line=dict(width=1, color="white")), name="one expert", legendgroup="e", showlegend=k == 0, hovertemplate="%{x:.0f}<extra></extra>")
     known = [(k, table[c]) for k, c in enumerate(names) if table[c]["model"] is not None]
+    def end(t, side): return t["model"] if t.get(side) is None else (max if side == "high" else min)(t[side], t["model"])
     figure.add_scatter(x=[t["model"] for _, t in known], y=[k for k, _ in known], mode="markers", marker=dict(size=15, symbol="diamond", color=MODEL, line=dict(width=1.2, color="white")), name="model, by its most probable class",
-                       error_x=dict(type="data", symmetric=False, array=[max((t.get("high") or t["model"]) - t["model"], 0) for _, t in known], arrayminus=[max(t["model"] - (t.get("low") or t["model"]), 0) for _, t in known], color=MODEL, thickness=1.5, width=5), hovertemplate="model %{x:.0f}<extra></extra>")
+                       error_x=dict(type="data", symmetric=False, array=[end(t, "high") - t["model"] for _, t in known], arrayminus=[t["model"] - end(t, "low") for _, t in known], color=MODEL, thickness=1.5, width=5), hovertemplate="model %{x:.0f}<extra></extra>")
     figure.add_vline(x=0, line=dict(color=GREY, dash="dot"))
     figure.update_xaxes(title="calibration index: called less often &#8592; 0 &#8594; more often than the others expect")
     figure.update_yaxes(tickvals=list(range(len(names))), ticktext=[f"{CLASS_LABELS[c]}<br><span style='color:{GREY};font-size:11px'>{'' if table[c]['worse'] is None else shown_share(table[c]['worse'])}</span>" for c in names], range=[-.6, 5.6])

@@ -8,7 +8,7 @@ from hms_brain.core import CLASSES, InputError, rng_for
 from hms_brain.embedding import flatten, neighbour_votes, principal_components, similar_windows, standardise
 from hms_brain.evaluate import evaluate, load_answers
 from hms_brain.experts import average_expert, operating_points
-from hms_brain.score_plots import blend_colors, plot_class_scores, plot_confusion, plot_curves, plot_map, plot_reliability, plot_risk, plot_subgroups
+from hms_brain.score_plots import blend_colors, plot_calibration_index, plot_class_scores, plot_confusion, plot_curves, plot_map, plot_reliability, plot_risk, plot_subgroups
 from hms_brain.metrics import PROBABILITIES
 from hms_brain.report import card_markdown, evaluation_sections, experts_beside, known_failures, shown, trained_on_simulation, write_evaluation
 
@@ -40,6 +40,14 @@ def test_figures_show_their_numbers_and_change_nothing(table, result):
     np.testing.assert_array_equal(dots[1].y, points["tpr"][:, 1])
     assert sum(t.name == "chance" for t in figure.data) == 6
     np.testing.assert_allclose(plot_confusion(result).data[0].z, 100 * np.array(result["confusion"]["row"]), atol=.06)
+
+
+def test_an_interval_may_end_at_zero():
+    row = {"model": -50., "raters": [-20., None], "worse": 50., "low": -100., "high": 0.}
+    bars = plot_calibration_index({"calibration": dict.fromkeys(CLASSES, row)}).data[-1].error_x
+    assert set(bars.array) == set(bars.arrayminus) == {50}
+    bars = plot_calibration_index({"calibration": dict.fromkeys(CLASSES, row | {"low": None, "high": None})}).data[-1].error_x
+    assert set(bars.array) == set(bars.arrayminus) == {0}
 
 
 def test_a_page_stands_alone(table, result, tmp_path):

@@ -17,7 +17,7 @@ from test_formats import edf
 
 from hms_brain import scan as scanning
 from hms_brain.annotate import annotate_edf
-from hms_brain.core import CHANNELS, CLASSES, InputError, read_json
+from hms_brain.core import CHANNELS, CLASSES, InputError, read_json, write_json
 from hms_brain.elsewhere import store_elsewhere
 from hms_brain.events import Event, active_windows, burden, class_runs, find_events, score_events, status
 from hms_brain.exports import write_edf
@@ -160,6 +160,13 @@ def test_an_interruption_loses_one_block(tmp_path, eeg, predictor, monkeypatch):
     with pytest.raises(InputError, match="of another recording"): scan_file(other, tmp_path / "out", predictor, step=20, block=100)
 
 
+def test_a_finished_scan_without_its_table_says_so(tmp_path):
+    write_json(tmp_path / "scan.json", {"format": 1, "state": "done"})
+    for damage in (lambda: None, lambda: (tmp_path / "scan.parquet").write_bytes(b"half")):
+        damage()
+        with pytest.raises(InputError, match=r"scan\.parquet: cannot be read"): Scan.load(tmp_path)
+
+
 @pytest.mark.fault
 def test_killed_scan_goes_on(tmp_path, eeg, predictor):
     "kill -9 at any moment leaves a folder that the same call completes."
@@ -250,6 +257,8 @@ def test_scores_know_the_rules(tmp_path):
     assert score_events(tmp_path / "ref.tsv", ours, 86_400)["reference_events"] == 1
     (tmp_path / "bad.tsv").write_text("time\n1\n")
     with pytest.raises(InputError, match="onset and duration"): score_events(tmp_path / "bad.tsv", ours, 100)
+    (tmp_path / "empty.tsv").write_text("")
+    with pytest.raises(InputError, match="is not a table"): score_events(tmp_path / "empty.tsv", ours, 100)
 
 
 # annotated copies
@@ -287,6 +296,21 @@ def test_reports_are_complete_and_harmless(tmp_path):
 
 
 # archives
+
+def test_without_dask_one_recording_does_not_stop_the_others(tmp_path, monkeypatch):
+    from hms_brain import archive
+    for name in "abc": (tmp_path / f"{name}.edf").write_bytes(b"x")
+
+    def scan_one(job):
+        if job["path"].endswith("b.edf"): raise ZeroDivisionError(f"in {job['path']}")
+        return {"state": "done", "summary": {}}
+
+    monkeypatch.setattr(archive, "find_spec", lambda name: None)
+    monkeypatch.setattr(archive, "scan_one", scan_one)
+    ledger = archive.scan_archive(tmp_path, tmp_path / "out", names=True)
+    assert ledger["counts"] == {"done": 2, "set_aside": 1, "waiting": 0}
+    assert {e["file"]: e.get("reason") for e in ledger["recordings"].values()}["b.edf"] == "ZeroDivisionError: in the recording"
+
 
 @pytest.mark.fault
 def test_a_killed_worker_loses_nothing(tmp_path, eeg):
