@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from .batches import votes_of
-from .core import VOTE_COLUMNS, InputError, atomic_path, parallel_map, rng_for
+from .core import VOTE_COLUMNS, InputError, atomic_path, parallel_map, read_json, rng_for, write_json
 from .dataset import WindowCache, prepare
 from .simset import simulate_dataset
 from .recipe import Recipe
@@ -64,13 +64,14 @@ def try_variant(
     folder: Path,  # of all draws and runs
     epochs: int,
 ) -> pd.DataFrame:  # of `judge`, with seed and variant
-    "Train a variant on one draw and judge it."
+    "Train a variant on one draw and judge it. Raises `InputError` when the folder holds another variant of that name."
     seed, name, fields = job
     recipe, settings = variant_recipe(fields, epochs)
     cache, out = WindowCache(folder / f"cache-{seed}", verify=False), folder / f"run-{seed}-{name}"
-    try: run = Run.load(out)
-    except InputError: run = None
-    if not run or run.status != "ok": run = train(with_fewer_votes(cache, fields.get("votes", 0), seed), recipe, folder=out, resume=True, model_settings=settings, threads=1, say=None)
+    seen = with_fewer_votes(cache, fields.get("votes", 0), seed)
+    try: kept = (run := Run.load(out)).finished(seen, recipe, settings)
+    except InputError: kept = False
+    if not kept: run = train(seen, recipe, folder=out, resume=True, model_settings=settings, threads=1, say=None)
     return judge(run, cache).assign(seed=seed, variant=name)
 
 # %% ../nbs/42_ablate.ipynb #1bf3eeac
@@ -84,10 +85,12 @@ def ablate(
     epochs: int = 6,  # of each training
     workers: int = 2,  # processes
 ) -> pd.DataFrame:  # seed, variant, condition, kl, kl_balanced, recall_<class>
-    "Train every variant on every draw, judge it under every condition; also written to `ablation.csv`. Raises `InputError` without a base."
+    "Train every variant on every draw, judge it under every condition; also written to `ablation.csv`. Raises `InputError` without a base, or when the folder holds other draws or other variants of these names."
     if "base" not in variants: raise InputError("there is no variant named base", mend="name the one that the others are compared with")
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    plan, kept = {"patients": patients, "short": short, "panel": panel}, folder / "draws.json"
+    if kept.is_file() and read_json(kept) != plan: raise InputError(f"holds other draws: {read_json(kept)}", str(folder), "use the same patients, short and panel, or another folder")
+    write_json(kept, plan)
     list(parallel_map(partial(draw, folder=folder, patients=patients, short=short, panel=panel), range(seeds), workers, "draws"))
     jobs = [(seed, name, variants["base"] | fields) for seed in range(seeds) for name, fields in variants.items()]
     table = pd.concat(parallel_map(partial(try_variant, folder=folder, epochs=epochs), jobs, workers, "trainings"), ignore_index=True)

@@ -133,10 +133,9 @@ def fold_run(
     folder: Path,  # of this fold
     **how,  # keywords of `train`
 ) -> Run:
-    "The finished training of a fold; trained or resumed when it is not there."
+    "The finished training of a fold; trained or resumed when it is not there. Raises `InputError` when the folder holds a training of something else."
     try:
-        run = Run.load(folder)
-        if run.status == "ok" and run.recipe == recipe and run.info["model_settings"] == (how.get("model_settings") or {}): return run
+        if (run := Run.load(folder)).finished(cache, recipe, how.get("model_settings")): return run
     except InputError: pass
     return train(cache, recipe, folder=folder, resume=True, **how)
 

@@ -127,6 +127,21 @@ class Run:
         if not (self.folder / name).is_file(): raise InputError(f"has no {name} (status {self.status})", str(self.folder), "finish the training: resume=True")
         return self.folder / name
 
+    def split(self, cache) -> Split:
+        "The rows of the cache that was trained on. Raises `InputError` when it is another one."
+        split = self.recipe.split(cache)
+        if describe_data(cache, split)["rows_sha256"] != self.info["rows_sha256"]: raise InputError("is not the cache of this training", str(getattr(cache, "folder", "cache")), "name the one that it was trained on")
+        return split
+
+    def finished(self,
+        cache,  # WindowCache
+        recipe: Recipe,
+        model_settings: dict | None = None,  # the model's own keywords
+    ) -> bool:
+        "Whether this training of these windows came to its end, so that it need not be done again."
+        if self.status != "ok" or self.recipe != recipe or self.info["model_settings"] != (model_settings or {}): return False
+        return self.info.get("rows_sha256") == describe_data(cache, recipe.split(cache))["rows_sha256"]
+
     def model(self) -> torch.nn.Module:  # eval mode, on the CPU
         "The network with the best weights. Raises `InputError` when they are absent or changed."
         path = self._file("model.safetensors")

@@ -3,8 +3,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from hms_brain.ablate import ablate, gains, with_fewer_votes
-from hms_brain.batches import votes_of
+from hms_brain import ablate as module
+from hms_brain.ablate import ablate, gains, try_variant, with_fewer_votes
+from hms_brain.batches import SineCache, votes_of
+from hms_brain.core import InputError, write_json
 from hms_brain.dataset import WindowCache
 from hms_brain.trials import CONDITIONS
 
@@ -28,3 +30,14 @@ def test_two_variants_on_one_draw(tmp_path):
     pd.testing.assert_frame_equal(ablate(tmp_path, variants, seeds=1, patients=8, short=1.0, epochs=1, workers=1), table)
     assert (tmp_path / "run-0-base/model.safetensors").stat().st_mtime_ns == finished
     assert (gains(table).query("variant == 'base'").change == 0).all()
+
+
+def test_what_was_asked_before_is_not_the_answer(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "WindowCache", lambda *a, **k: SineCache())
+    monkeypatch.setattr(module, "judge", lambda run, cache: pd.DataFrame({"kl": [run.metrics["val_kl"]]}))
+    first = try_variant((0, "base", {"settings": SMALL}), tmp_path, 1)
+    pd.testing.assert_frame_equal(try_variant((0, "base", {"settings": SMALL}), tmp_path, 1), first)
+    for fields, epochs in (({"settings": SMALL}, 2), ({"settings": SMALL, "mirror": 0.0}, 1)):
+        with pytest.raises(InputError, match="recipe differs"): try_variant((0, "base", fields), tmp_path, epochs)
+    write_json(tmp_path / "draws.json", {"patients": 8, "short": 0.9, "panel": 100})
+    with pytest.raises(InputError, match="other draws"): ablate(tmp_path, {"base": {}}, patients=9)

@@ -46,6 +46,9 @@ def test_finished_folds_are_kept(done, monkeypatch):
     monkeypatch.setattr(module, "train", lambda *a, **k: pytest.fail("trained again"))
     pd.testing.assert_frame_equal(crossval(SineCache(), RECIPE, folder=folder, model_settings=SMALL, check=False), oof)
     with pytest.raises(BaseException, match="trained again"): crossval(SineCache(), RECIPE, folder=folder, model_settings=SMALL | {"width": 8}, check=False)
+    other = SineCache()
+    other.index.loc[other.index.fold == 3, VOTE_COLUMNS[0]] = 9
+    with pytest.raises(BaseException, match="trained again"): crossval(other, RECIPE, folder=folder, model_settings=SMALL, check=False)  # another data set
     with pytest.raises(InputError, match="same fold"): out_of_fold([Run.load(folder / "fold-0")] * 2)
 
 

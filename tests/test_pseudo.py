@@ -113,7 +113,7 @@ def test_a_changed_data_set_is_refused(taught, tmp_path):
     shutil.copytree(folder, tmp_path / "teachers")
     cache = SineCache()
     cache.index.loc[cache.index.fold == 2, list(VOTE_COLUMNS)] = [0, 0, 0, 0, 0, 7]
-    with pytest.raises(InputError, match="other windows"):
+    with pytest.raises(InputError, match="rows_sha256 differs"):
         teach(tmp_path / "teachers", cache)
 
 
