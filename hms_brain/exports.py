@@ -32,7 +32,8 @@ def write_csv(
     path: str | os.PathLike,  # the file to write
     predictions: list[Prediction],  # one row each
 ):
-    "Six probabilities per window, with the model and the flags beside them."
+    "Six probabilities per window, with the model and the flags beside them. Raises `InputError` when there is none."
+    if not predictions: raise InputError("there is no answer to write", path, "give one or more")
     rows = [{"at_seconds": p.at, **p.probabilities, "predicted": p.predicted or "", "abstained": p.abstained,
              "quality": " | ".join(f["kind"] for f in p.quality), "doubts": " | ".join(d["kind"] for d in p.doubts), "bundle": p.bundle["name"], "bundle_sha256": p.bundle["sha256"],
              "simulated_training": p.bundle["simulated"], "notice": NOTICE} for p in predictions]
@@ -93,10 +94,11 @@ def write_edf(
     recording: Recording | Stored,  # whole seconds are written
     origin: str = "hms_brain",  # equipment field of the header
 ):
-    "Write signals as EDF+, in microvolts; a `Recording` with the labels of the standard, a `Stored` with its own."
+    "Write signals as EDF+, in microvolts; a `Recording` with the labels of the standard, a `Stored` with its own. Raises `InputError` for less than a second."
     from edfio import Edf, EdfSignal, Recording as Header
     if isinstance(recording, Recording): recording = Stored(recording.signal, recording.fs, ["ECG EKG" if c == EKG else f"EEG {c}-REF" for c in recording.channels])
     n_times = int(recording.signal.shape[1] / recording.fs) * int(recording.fs)
+    if not n_times: raise InputError("there is less than a second to write", path, "give a longer recording")
     signals = []
     for label, x in zip(recording.labels, np.nan_to_num(recording.signal[:, :n_times]).astype(np.float64)):
         reach = float(np.ceil(max(np.abs(x).max(), 1.0)))

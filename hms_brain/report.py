@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .catalog import soft_votes
-from .core import CLASS_LABELS, CLASSES, NOTICE, VOTE_COLUMNS, InputError, atomic_path, find_root, read_json, write_json
+from .core import CLASS_LABELS, CLASSES, NOTICE, VOTE_COLUMNS, InputError, atomic_path, find_root, read_json, setting_path, write_json
 from .embedding import flatten, neighbour_votes, similar_windows, window_features
 from .evaluate import LOWER_IS_BETTER, arrays, rater_columns
 from .experts import SPARCNET, average_expert, compare_with_experts, operating_points, read_raters
@@ -194,8 +194,9 @@ def run_cache(
     "The cache that a run was trained on, if it is still the same."
     from hms_brain.dataset import WindowCache
     record = read_run(folder)
-    where = find_root() / record.get("parameters", {}).get("cache", "")
-    if not record.get("parameters", {}).get("cache") or not (where / "manifest.json").is_file(): return None
+    given, name = record.get("parameters", {}).get("cache"), record.get("data", {}).get("data")
+    where = find_root() / given if given else setting_path("prepared") / (name or "")  # without a parameter the one that `default_cache` gives
+    if not (where / "manifest.json").is_file(): return None
     try: cache = WindowCache(where, verify=False)
     except InputError: return None
     return cache if cache.manifest.get("checksum") == record.get("data", {}).get("checksum") else None
@@ -285,7 +286,7 @@ def fact_rows(
     d, recipe = record["data"], record["recipe"]
     facts = {"model": recipe["model"], "parameters": f"{metrics['n_params']:,}", "training data": ("simulated EEG" if d.get("simulated") else "recorded EEG") + (f", {d['made_by']}" if d.get("made_by") else f", {d.get('data', '')}"),
              "trained on": f"{d['train_windows']:,} windows of {d['train_patients']:,} patients", "held out": f"{d['valid_windows']:,} windows of {d['valid_patients']:,} other patients: fold {recipe['fold']} of {d.get('folds', '?')}, split by patient (seed {d.get('fold_seed', '?')})",
-             "checksum of the data": (d.get("checksum") or "none")[:16], "epochs": f"{metrics['best_epoch']} of {metrics['epochs']} (best by held-out KL)", "classes": f"balance {recipe['balance']:g} (0: as they occur, 1: all the same)", "seed": str(record["seed"]),
+             "checksum of the data": (d.get("checksum") or "none")[:16], "epochs": f"{metrics['best_epoch']} of {metrics['epochs']} ({'the last' if recipe.get('keep') == 'last' else 'best by held-out KL'})", "classes": f"balance {recipe['balance']:g} (0: as they occur, 1: all the same)", "seed": str(record["seed"]),
              "started": record["started"], "took": f"{record.get('seconds') or 0:.0f} s", "weights": metrics["weights_sha256"][:16], "versions": ", ".join(f"{k} {v}" for k, v in record["versions"].items()), "command": record.get("command") or "not recorded"}
     return [{"what": k, "value": v} for k, v in facts.items()]
 

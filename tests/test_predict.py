@@ -99,6 +99,13 @@ def test_csv_of_many(predictor, recording, tmp_path):
     with pytest.raises(InputError, match="docx"): write_prediction(tmp_path / "p.docx", predictor(recording), recording)
 
 
+def test_nothing_is_not_written(tmp_path):
+    short = replace(simulate_recording(seed=1, pattern="lpd", duration=50), signal=np.zeros((20, 199), np.float32))
+    with pytest.raises(InputError, match="no answer to write"): write_csv(tmp_path / "p.csv", [])
+    with pytest.raises(InputError, match="less than a second"): write_edf(tmp_path / "r.edf", short)
+    assert not list(tmp_path.iterdir())
+
+
 def test_votes_are_probabilities():
     assert sum(as_votes(np.ones(6, np.float32) / 3).values()) == pytest.approx(1, abs=1e-12)
     for bad in (np.zeros(6), np.full(6, np.nan), np.ones(5), np.array([1, -1, 0, 0, 0, 1.0])):

@@ -1,16 +1,18 @@
 "Figures are pure, pages stand alone, failures are what the numbers say, neighbours are exact."
+from types import SimpleNamespace
+
 import numpy as np
 import pandas as pd
 import pytest
 
 from hms_brain.catalog import soft_votes
-from hms_brain.core import CLASSES, InputError, rng_for
+from hms_brain.core import CLASSES, InputError, rng_for, write_json
 from hms_brain.embedding import flatten, neighbour_votes, principal_components, similar_windows, standardise
 from hms_brain.evaluate import evaluate, load_answers
 from hms_brain.experts import average_expert, operating_points
 from hms_brain.score_plots import blend_colors, plot_calibration_index, plot_class_scores, plot_confusion, plot_curves, plot_map, plot_reliability, plot_risk, plot_subgroups
 from hms_brain.metrics import PROBABILITIES
-from hms_brain.report import card_markdown, evaluation_sections, experts_beside, known_failures, shown, trained_on_simulation, write_evaluation
+from hms_brain.report import card_markdown, evaluation_sections, experts_beside, fact_rows, known_failures, run_cache, shown, trained_on_simulation, write_evaluation
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +85,23 @@ def test_origin_is_read_from_records(tmp_path):
         (tmp_path / f"fold-{f}").mkdir()
         (tmp_path / f"fold-{f}/run.json").write_text('{"data": {"simulated": true}}')
     assert trained_on_simulation(tmp_path) is True
+
+
+def test_the_default_cache_is_found_again(tmp_path, monkeypatch):
+    monkeypatch.setattr("hms_brain.dataset.WindowCache", lambda folder, verify: SimpleNamespace(manifest={"checksum": "a"}))
+    monkeypatch.setattr("hms_brain.report.setting_path", lambda name: tmp_path / name)
+    write_json(tmp_path / "prepared/small/manifest.json", {})
+    for data, parameters, found in (({"data": "small", "checksum": "a"}, {}, True), ({"data": "small", "checksum": "a"}, {"cache": ""}, True), ({"data": "small", "checksum": "b"}, {}, False), ({"data": "other", "checksum": "a"}, {}, False),
+                                    ({"data": "small", "checksum": "a"}, {"cache": str(tmp_path / "gone")}, False), ({}, {}, False)):
+        write_json(tmp_path / "run.json", {"status": "ok", "data": data, "parameters": parameters})
+        assert (run_cache(tmp_path) is not None) == found, (data, parameters)
+
+
+def test_the_kept_epoch_is_named_as_what_it_is():
+    record = {"data": dict.fromkeys(("train_windows", "train_patients", "valid_windows", "valid_patients"), 3), "seed": 0, "started": "now", "versions": {}}
+    for keep, words in (("best", "best by held-out KL"), ("last", "the last")):
+        facts = fact_rows(record | {"recipe": {"model": "m", "fold": 0, "balance": 1, "keep": keep}}, {"n_params": 1, "best_epoch": 2, "epochs": 2, "weights_sha256": "0"})
+        assert {"what": "epochs", "value": f"2 of 2 ({words})"} in facts
 
 
 def test_neighbours_by_brute_force():
