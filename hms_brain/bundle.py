@@ -27,7 +27,7 @@ from .core import CLASSES, FS, NOTICE, InputError, find_root, get_settings
 from .models.core import SHARED_S, without_weights
 from .preprocess import Preprocess
 from .runs import now, versions
-from .runtime import ANSWER, BATCH, FRAMES, MEND, PARITY, SHAPES, check_onnx, gate_windows, measure_parity, open_session, run_batches, to_halves, to_onnx
+from .runtime import ANSWER, FRAMES, MEND, PARITY, SHAPES, check_onnx, measure_parity, open_session, run_batches, to_halves, to_onnx
 from .scaling import Scaling
 from .uncertainty import FeatureSpace, Uncertainty, fit_held_out, pack_uncertainty, unpack_uncertainty
 if TYPE_CHECKING: from hms_brain.train import Run

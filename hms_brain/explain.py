@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from .core import CHANNELS, CLASSES, FS, WINDOW_S, InputError, did_you_mean, rng_for
+from .core import CHANNELS, CLASSES, WINDOW_S, InputError, did_you_mean, rng_for
 from .explain_plots import electrodes_of_pairs
 from .models.core import Output
 from .models.fusion import Fusion, parts_present

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from .core import InputError, did_you_mean, get_settings, read_json, setting_path, write_json
+from .core import InputError, did_you_mean, read_json, setting_path, write_json
 from .runs import read_run
 
 # %% ../nbs/40_tracking.ipynb #18eb5f74

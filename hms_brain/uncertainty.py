@@ -18,7 +18,7 @@ import numpy as np
 
 from .catalog import soft_votes
 from .core import CLASS_LABELS, CLASSES, VOTE_COLUMNS, InputError, rng_for
-from .metrics import kl_divergence
+from .metrics import PROBABILITIES, kl_divergence
 from .scaling import Scaling, cross_fit, fit_scaling
 
 if TYPE_CHECKING: import torch
@@ -280,10 +280,10 @@ def fit_held_out(
     scale: str = "none",  # or "temperature", "bias"
     space: FeatureSpace | None = None,  # of the training's windows
 ) -> tuple[Scaling, Uncertainty | None, dict]:  # None where nobody was rated twice; windows, kl, kl_scaled out of fold by patient
-    "What held-out windows say about a model's answers. Raises `InputError` for an unknown `scale`."
+    "What held-out windows say about a model's answers. Raises `InputError` for an unknown `scale`, or a scale and fewer than two patients."
     if scale not in ("none", "temperature", "bias"): raise InputError(f"scale is {scale!r}", mend="choose none, temperature or bias")
     table = table[~table["abstain"]]
-    votes, p = table[list(VOTE_COLUMNS)].to_numpy(float), table[[f"p_{c}" for c in CLASSES]].to_numpy(float)
+    votes, p = table[list(VOTE_COLUMNS)].to_numpy(float), table[PROBABILITIES].to_numpy(float)
     y, fit = soft_votes(votes), lambda p, y, weight=None: fit_scaling(p, y, weight, biased=scale == "bias")
     said: dict = {"scale": scale, "windows": len(p)}
     if scale != "none":

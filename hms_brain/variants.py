@@ -138,7 +138,7 @@ def trtexec_command(
     return " ".join(["trtexec", f"--onnx={file}", "--fp16", *(f"--{word}Shapes={options[f'trt_profile_{word}_shapes']}" for word in ("min", "opt", "max")), f"--saveEngine={Path(file).stem}.engine"])
 
 # %% ../nbs/70_variants.ipynb #76fa03c6
-LIMITS = {"mean_change": 0.01, "same_class": 0.99, "kl_worse": 0.01}
+LIMITS = {"mean_change": 0.01, "same_class": 0.99, "kl_worse": 0.01}  # of a probability, at most; share of windows, at least; nats, at most
 
 def speed(
     session,  # of ONNX Runtime, or an `OpenVino`
