@@ -59,8 +59,10 @@ def find_reasons(
     methods: tuple[str, ...] = ("integrated", "cam"),  # gradients, where torch and captum are installed
     step: float = 2.0,  # s, of the map
 ) -> Reasons:
-    "Ask a model for its reasons. Raises `InputError` for an unknown class, or a window that the gate turns away."
+    "Ask a model for its reasons. Raises `InputError` for an unknown class or method, or a window that the gate turns away."
     if label and label not in CLASSES: raise InputError(f"unknown class {label!r}{did_you_mean(label, CLASSES)}", "label", f"known: {', '.join(CLASSES)}")
+    for m in methods:
+        if m not in METHOD_NAMES: raise InputError(f"unknown method {m!r}{did_you_mean(m, METHOD_NAMES)}", "methods", f"known: {', '.join(METHOD_NAMES)}")
     x, prediction = predictor.inputs(recording, at), predictor(recording, at)
     hidden = {kind: occlude(predictor, x, kind, step) for kind in kinds}
     label = label or max(prediction.probabilities, key=prediction.probabilities.__getitem__)

@@ -10,6 +10,7 @@ from hms_brain.core import CHANNELS, CLASSES, InputError, rng_for
 from hms_brain.explain import METHODS, ORDER, PAIRS, FromPairs, attention_of, attribute, concentration, log_odds, place_of, planted, randomise, similarity
 from hms_brain.explain_plots import evidence_levels, head_points, head_surface, pairs_of_lines, pieces, plot_evidence_page, plot_head
 from hms_brain.models.core import create_model
+from hms_brain.reasons import METHOD_NAMES, find_reasons
 from hms_brain.models.resnet1d_gru import LEFT, MIDLINE, RIGHT
 from hms_brain.simulate import simulate_recording
 
@@ -238,7 +239,12 @@ def test_the_page_opens_without_a_network(tmp_path):
 
     write_edf(tmp_path / "r.edf", simulate_recording(3, "lpd", 60))
     (tmp_path / "settings.ini").write_text("[system]\nworkers = 1\nthreads = 1\n")
-    result = hms("explain", "-p", f"bundle={default_bundle()}", "-p", f"file={tmp_path / 'r.edf'}", "-p", "methods=cam", "-p", "step=10", "-p", "out=why", cwd=tmp_path, timeout=600)
+    result = hms("explain", "-p", f"bundle={default_bundle()}", "-p", f"file={tmp_path / 'r.edf'}", "-p", "methods= cam", "-p", "step=10", "-p", "out=why", cwd=tmp_path, timeout=600)
     assert result.returncode == 0, result.stderr
     page = (tmp_path / "why/explain.html").read_text()
     assert not re.search(r"<(script|link|img)[^>]+(src|href)=[\"']?(https?:)?//", page) and "Research use only" in page
+
+
+def test_an_unknown_method_is_told_before_anything_is_asked():
+    assert set(METHOD_NAMES) == set(METHODS)
+    with pytest.raises(InputError, match="did you mean cam"): find_reasons(None, None, methods=("integrated", "cma"))
