@@ -49,6 +49,13 @@ def test_any_label(label):
     assert 0 < len(clean) <= 40 and clean.isprintable()
 
 
+@pytest.mark.parametrize("labels", [["C3 (2)", "C3"], ["C3", "C3", "C3 (2)"], ["x" * 50] * 12])
+def test_labels_are_keys(labels):
+    "Cleaned labels are unique and short, whatever suffixes the file's own have."
+    clean = clean_labels(labels)
+    assert len(set(clean)) == len(labels) and max(map(len, clean)) <= 40
+
+
 def test_issue_vocabulary():
     "Kinds are closed."
     with pytest.raises(ValueError, match="unknown kind"):
