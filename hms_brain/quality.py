@@ -301,7 +301,7 @@ def artefact_mask(
 ) -> np.ndarray:  # (19, n_times) True where a sample is missing or an artefact
     "Which samples are too large to come from a brain, with a margin, or are missing."
     from scipy.ndimage import maximum_filter1d
-    slow = bandpass(eeg, 0.5, 20.0, fs, order=4)
+    slow = bandpass(eeg, *SLOW, fs, order=4)
     missing = np.isnan(slow)
     large = np.abs(np.where(missing, 0, slow)) > limit
     return missing | maximum_filter1d(large.astype(np.uint8), 2 * int(margin * fs) + 1, axis=-1).astype(bool)
