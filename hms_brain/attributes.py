@@ -260,7 +260,7 @@ RULES = {r.name: r for r in (
 @dataclass(frozen=True)
 class Term:
     "What a window is called, and why."
-    name: str  # "LPD", "GPD", "LRDA", "GRDA", "electrographic seizure", "no rhythmic or periodic pattern"
+    name: str  # "LPD", "GPD", "LRDA", "GRDA", "electrographic seizure", "rhythmic activity above delta", "no rhythmic or periodic pattern"
     label: str  # of core.CLASSES
     because: tuple[str, ...]  # sentences: a measurement against a rule
     modifiers: tuple[str, ...] = ()  # side, rate, suppression

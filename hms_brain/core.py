@@ -58,7 +58,7 @@ class InputError(ValueError):
         mend: str | None = None,  # what to do about it
     ):
         self.what, self.where, self.mend = what, where, mend
-        line = (f"{Path(where).name if isinstance(where, os.PathLike) else where}: " if where else "") + what + (f"; {mend}" if mend else "")
+        line = (f"{(Path(where).name or where) if isinstance(where, os.PathLike) else where}: " if where else "") + what + (f"; {mend}" if mend else "")
         super().__init__(" ".join(line.split()))
 
 # %% ../nbs/00_core.ipynb #e1969548

@@ -51,12 +51,15 @@ def clean_labels(
     labels: Sequence[str],  # as the file has them
 ) -> list[str]:  # printable, at most 40 characters, unique
     "Labels that can be shown and used as keys."
-    out: list[str] = []
+    out: dict[str, int] = {}  # label -> how many wanted it
     for i, label in enumerate(labels):
-        name = "".join(c for c in str(label) if c.isprintable()).strip()[:40] or f"channel {i + 1}"
-        n = 1 + sum(o == name or o.startswith(f"{name} (") for o in out)
-        out.append(name if n == 1 else f"{name} ({n})")
-    return out
+        name = unique = "".join(c for c in str(label) if c.isprintable()).strip()[:40] or f"channel {i + 1}"
+        while unique in out:
+            out[name] += 1
+            tail = f" ({out[name]})"
+            unique = name[:40 - len(tail)] + tail
+        out[unique] = 1
+    return list(out)
 
 # %% ../nbs/01_electrodes.ipynb #c6121425
 MAX_MISSING = 3  # electrodes that may be interpolated

@@ -38,8 +38,9 @@ def store_elsewhere(
     naming: str = "edf",  # a key of NAMINGS
     montage: str = "average",  # a key of `signal.MONTAGES`
 ) -> Stored:
-    "A recording at another rate, with other names and another reference. Raises `InputError` for an unknown one."
+    "A recording at another rate, with other names and another reference. Raises `InputError` for an unknown one, or a rate that is none."
     if naming not in NAMINGS: raise InputError(f"unknown naming {naming!r}{did_you_mean(naming, NAMINGS)}", "naming", f"known: {', '.join(NAMINGS)}")
+    if not 0 < fs < np.inf: raise InputError(f"must be a positive number, not {fs}", "fs", "give Hz")
     signal = np.concatenate([apply_montage(recording.eeg, montage), recording.signal[len(CHANNELS):]])
     labels = [NAMINGS[naming](label) for label in montage_labels(montage)] + [EKG] * (EKG in recording.channels)
     return Stored(resample(signal, recording.fs, fs), fs, labels)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .core import CHANNELS, FS, InputError
+from .core import CHANNELS, FS, InputError, did_you_mean
 from .signal import MONTAGES, apply_montage, bandpass, fill_gaps, find_runs
 
 # %% ../nbs/11_quality.ipynb #411df389
@@ -301,7 +301,7 @@ def artefact_mask(
 ) -> np.ndarray:  # (19, n_times) True where a sample is missing or an artefact
     "Which samples are too large to come from a brain, with a margin, or are missing."
     from scipy.ndimage import maximum_filter1d
-    slow = bandpass(eeg, 0.5, 20.0, fs, order=4)
+    slow = bandpass(eeg, *SLOW, fs, order=4)
     missing = np.isnan(slow)
     large = np.abs(np.where(missing, 0, slow)) > limit
     return missing | maximum_filter1d(large.astype(np.uint8), 2 * int(margin * fs) + 1, axis=-1).astype(bool)
@@ -343,9 +343,10 @@ def wavelet_denoise(
     levels: int = 6,  # scales to shrink; 6 at 200 Hz reach down to 1.6 Hz
     strength: float = 1.0,  # of the universal threshold
 ) -> np.ndarray:  # denoised float32, NaN where it was
-    "Soft thresholding of wavelet coefficients. Opt-in. Raises `InputError` when PyWavelets is not installed."
+    "Soft thresholding of wavelet coefficients. Opt-in. Raises `InputError` when PyWavelets is not installed or does not know the wavelet."
     try: import pywt
     except ImportError: raise InputError("PyWavelets is not installed", mend="pip install PyWavelets") from None
+    if wavelet not in pywt.wavelist(kind="discrete"): raise InputError(f"unknown wavelet {wavelet!r}{did_you_mean(wavelet, pywt.wavelist(kind='discrete'))}", mend="see pywt.wavelist(kind='discrete')")
     filled, missing = fill_gaps(x)
     n_times = filled.shape[-1]
     levels = max(1, min(levels, pywt.dwt_max_level(n_times, wavelet)))

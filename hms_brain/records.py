@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from fractions import Fraction
 from importlib import import_module
+from numbers import Real
 from pathlib import Path
 import numpy as np
 from .core import CHANNELS, EKG, FS, InputError
@@ -152,13 +153,16 @@ class Request:
     start: float | None = None  # s
     duration: float | None = None  # s
     fs: float | None = FS  # Hz; None: the file's own
-    channel_map: dict[str, str] | None = None
-    unit: str | None = None
+    channel_map: dict[str, str] | None = None  # label -> electrode or ""; None: by the rule
+    unit: str | None = None  # uV, mV, V, nV; None: the file's own
 
     def __post_init__(self):
         for name, low in (("start", 0), ("duration", 1e-9), ("fs", 1)):
             v = getattr(self, name)
-            if v is not None and not (isinstance(v, (int, float)) and math.isfinite(v) and v >= low): raise InputError(f"{v!r} is not a usable number", name, "give seconds or Hz")
+            if v is None: continue
+            value = float(v) if isinstance(v, Real) else math.nan
+            if not (math.isfinite(value) and value >= low): raise InputError(f"{v!r} is not a usable number", name, "give seconds or Hz")
+            object.__setattr__(self, name, value)  # numpy's numbers do not travel to the child
         if self.unit is not None and not known_unit(self.unit)[0]: raise InputError(f"unknown unit {self.unit!r}", "unit", "use uV, mV, V or nV")
 
 # %% ../nbs/01_records.ipynb #0cd4a7a0
@@ -256,6 +260,7 @@ def loop_error(
 ) -> str:  # a clause for the issue; empty when the differences agree
     "How far differences contradict each other where they form loops; real ones hardly do."
     inside = [(i, CHANNELS.index(a), CHANNELS.index(b)) for i, (a, b) in enumerate(pairs) if a in CHANNELS and b in CHANNELS]
+    if not inside: return ""  # all against one electrode that is not of the 19: no loop
     i, a, b = (list(x) for x in zip(*inside))
     part = slice(None, None, max(1, rows.shape[1] // 20_000))
     error, size = (float(np.sqrt(np.mean(np.square(x[np.isfinite(x)])))) if np.isfinite(x).any() else 0.0 for x in (rows[i, part] - (eeg[a, part] - eeg[b, part]), rows[i, part]))
@@ -307,7 +312,7 @@ def assemble(
 # %% ../nbs/01_records.ipynb #85432e00
 def from_arrays(
     signal: np.ndarray | Sequence[np.ndarray],  # (n_chans, n_times), or one array per channel
-    fs: float | Sequence[float],  # Hz, one or one per channel
+    fs: float | Sequence[float] | np.ndarray,  # Hz, one or one per channel
     labels: Sequence[str],  # names of the channels
     unit: str | Sequence[str | None] | None = "uV",  # one or one per channel; None: inferred from the amplitude
     *,
@@ -320,9 +325,11 @@ def from_arrays(
     n = len(signals)
     if n != len(labels): raise InputError(f"{n} channels but {len(labels)} labels", "labels", "give one per channel")
     if any(x.ndim != 1 or x.dtype.kind not in "fiu" for x in signals): raise InputError("is not a table of real numbers", "signal", "give (n_chans, n_times)")
-    rates = [float(f) for f in (fs if isinstance(fs, Sequence) else [fs] * n)]
+    rates = np.ravel(np.asarray(fs, float) if np.ndim(fs) else np.full(n, fs, float)).tolist()
     if not all(math.isfinite(f) and f > 0 for f in rates): raise InputError("must be a positive number", "fs", "give Hz")
     units = [unit] * n if unit is None or isinstance(unit, str) else list(unit)
+    for name, given in (("fs", rates), ("unit", units)):
+        if len(given) != n: raise InputError(f"{n} channels but {len(given)} values", name, "give one, or one per channel")
     if id is None: id = keyed_hash(b"".join(np.ascontiguousarray(x).tobytes() for x in signals), repr((rates, list(labels))).encode())
     raw = Raw(list(labels), list(signals), rates, units, file_duration=min((len(x) / f for x, f in zip(signals, rates)), default=0.0))
     return assemble(raw, Request(fs=fs_out, channel_map=dict(channel_map or {})), "signal", id)

@@ -86,6 +86,7 @@ def record_run(
 # %% ../nbs/08_runs.ipynb #8cbb5c25
 def process_alive(pid: int) -> bool:
     "Whether a process of that number runs on this machine."
+    if pid <= 0: return False  # to the system 0 and -1 mean many processes
     try: os.kill(pid, 0)
     except ProcessLookupError: return False
     except PermissionError: return True

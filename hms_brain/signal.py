@@ -9,6 +9,7 @@ __all__ = ['CHAINS', 'ROWS', 'MONTAGES', 'chain_pairs', 'find_montage', 'montage
            'find_runs', 'design', 'zero_phase', 'bandpass', 'notch', 'clip', 'robust_scale']
 
 # %% ../nbs/10_signal.ipynb #53815b21
+import math
 from functools import lru_cache
 
 import numpy as np
@@ -73,7 +74,7 @@ def fill_gaps(
     x = np.asarray(x)
     missing = ~np.isfinite(x)
     filled = x.astype(np.float32, copy=True)
-    flat, gone = filled.reshape(-1, x.shape[-1]), missing.reshape(-1, x.shape[-1])
+    flat, gone = (a.reshape(math.prod(x.shape[:-1]), x.shape[-1]) for a in (filled, missing))
     for row, m in zip(flat, gone):
         if m.all(): row[:] = 0
         elif m.any(): row[m] = np.interp(np.flatnonzero(m), np.flatnonzero(~m), row[~m])
@@ -98,7 +99,7 @@ def design(
     "Sections of a Butterworth filter. Raises `InputError` for edges that the rate cannot carry."
     from scipy.signal import butter
     edges = [e for e in (low, high) if e is not None]
-    if not edges or edges != sorted(set(edges)) or edges[0] <= 0 or edges[-1] >= fs / 2:
+    if not edges or edges != sorted(set(edges)) or not all(0 < e < fs / 2 for e in edges):
         raise InputError(f"a filter from {low} to {high} Hz is impossible at {fs:g} Hz", mend=f"edges must rise and lie between 0 and {fs / 2:g} Hz")
     kind = "bandpass" if len(edges) == 2 else "highpass" if high is None else "lowpass"
     return butter(order, edges if len(edges) == 2 else edges[0], kind, fs=fs, output="sos")

@@ -77,6 +77,7 @@ def pinned(
     "Fixed seed, threads and deterministic algorithms inside the block; the former threads and algorithms after it."
     memory: Any = import_module("torch.utils.deterministic")
     before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled(), memory.fill_uninitialized_memory
+    warned = torch.is_deterministic_algorithms_warn_only_enabled()
     if sys.platform == "linux":
         for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28)): ctypes.CDLL(None).mallopt(option, value)  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
     torch.set_num_threads(threads)
@@ -86,5 +87,5 @@ def pinned(
     try: yield
     finally:
         torch.set_num_threads(before[0])
-        torch.use_deterministic_algorithms(before[1])
+        torch.use_deterministic_algorithms(before[1], warn_only=warned)
         memory.fill_uninitialized_memory = before[2]

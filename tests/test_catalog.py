@@ -83,6 +83,19 @@ def test_unreadable_tables(tmp_path, name, content):
     assert name in str(e.value) and "\n" not in str(e.value)
 
 
+@pytest.mark.parametrize("fault", ["a hole", "encrypted"])
+def test_damaged_archives_are_told(tmp_path, fault):
+    path = tmp_path / "train.csv.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as z:
+        z.writestr("train.csv", "\n".join(f"{i},{i * 7919 % 1000}" for i in range(5000)))
+    raw = bytearray(path.read_bytes())
+    if fault == "a hole": raw[200:400] = bytes(b ^ 0x5a for b in raw[200:400])
+    else: raw[6], raw[raw.find(b"PK\1\2") + 8] = 1, 1
+    path.write_bytes(raw)
+    with pytest.raises(InputError, match="not a readable CSV"): catalog.read_table(path)
+    with pytest.raises(InputError, match="broken zip"): catalog.unpack(path, tmp_path / "dest")
+
+
 def test_zip_bomb_is_refused(tmp_path):
     with zipfile.ZipFile(tmp_path / "train.csv.zip", "w", zipfile.ZIP_DEFLATED) as z:
         z.writestr("train.csv", b"0" * 3_000_000)
@@ -206,6 +219,7 @@ def test_download(kaggle, tmp_path, capfd):
     assert kaggle.calls == []  # complete: the network is not asked
     shown = "".join(capfd.readouterr())
     assert "CANARY" not in shown
+    with pytest.raises(InputError, match="holds the data of toy"): download_competition(tmp_path / "raw", "another", archive_gb=1e-6)
 
 
 @pytest.mark.parametrize("status, words", [(401, "refused the token"), (403, "rules"), (404, "no such competition"), (429, "asks for patience"), (500, "answered 500")])

@@ -1,9 +1,15 @@
 "The small tools that every other room uses."
 
+from pathlib import Path
+
 import numpy as np
 from threadpoolctl import threadpool_info
 
-from hms_brain.core import parallel_map
+from hms_brain.core import InputError, parallel_map
+
+
+def test_a_folder_without_a_name_has_one():
+    assert str(InputError("is a folder", Path(), "give a file")) == ".: is a folder; give a file"
 
 
 def blas_threads(_) -> set[int]:

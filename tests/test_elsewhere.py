@@ -39,3 +39,8 @@ def test_missing_samples_stay_missing(naming):
 def test_a_transverse_montage_does_not_tell_the_chains(tmp_path):
     write_edf(tmp_path / "t.edf", store_elsewhere(simulate_recording(seed=2, duration=20), 200, "edf", "transverse"))
     with pytest.raises(InputError, match=r"t\.edf: its bipolar channels do not say how Fp1 differs from"): read_recording(tmp_path / "t.edf")
+
+
+@pytest.mark.parametrize("fs", [0, -5.0, float("nan")])
+def test_a_rate_that_is_none_is_refused(fs):
+    with pytest.raises(InputError, match="fs: must be"): store_elsewhere(simulate_recording(duration=2), fs=fs)

@@ -258,6 +258,8 @@ def test_parquet_parts(tmp_path):
     assert np.array_equal(read_recording(tmp_path / "a.parquet", sandbox=False).signal, x)
     r = read_recording(tmp_path / "a.parquet", duration=10, sandbox=False)
     assert r.start == 20 and np.array_equal(r.signal, x[:, 4000:6000])
+    frame.assign(timestamp=1.7e9 + np.arange(10_000) / 256).to_parquet(tmp_path / "c.parquet")  # seconds since 1970
+    assert any("from 256 Hz" in i.detail for i in read_recording(tmp_path / "c.parquet", sandbox=False).issues)
     frame.round().astype("int16").to_parquet(tmp_path / "b.parquet")
     assert np.array_equal(read_recording(tmp_path / "b.parquet", sandbox=False).signal, x.round())
 
@@ -313,6 +315,7 @@ def test_csv_refusals(tmp_path):
     assert "time column does not run" in attempt(["time," + rows[0], *(f"0,{r}" for r in rows[1:])])
     assert "text without columns" in refused(write(tmp_path, "a.txt", b"dear reader\n"))
     assert "none of the 19" in attempt(["a,b,c", "1,2,3"])
+    assert "is empty" in refused(write(tmp_path, "a.csv", b"\xef\xbb\xbf"))
 
 
 def test_npy_npz(tmp_path):

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from hms_brain.core import CHANNELS, InputError, mirror_index, rng_for, write_json
 from hms_brain.models.core import MODELS, create_model, list_models, n_params, parse_settings, register_model, without_weights
 from hms_brain.models.effnet import backbone
-from hms_brain.models.fusion import withhold
+from hms_brain.models.fusion import as_trained, make_part, withhold
 from hms_brain.runtime import ANSWER, FRAMES, measure_parity, open_session, to_halves, to_onnx
 from stand_ins import Hub, serving
 
@@ -381,3 +381,11 @@ def test_listing_needs_no_torch():
     script = "import sys; sys.modules['torch'] = None; from hms_brain.models.core import list_models; print(list_models())"
     said = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout
     assert "resnet1d_gru" in said
+
+
+def test_what_is_no_training_is_no_part(tmp_path):
+    "Rubbish beside the name of weights, and runs that trained nothing, are told in one line."
+    (tmp_path / "model.safetensors").write_bytes(b"rubbish")
+    with pytest.raises(InputError, match="no sound safetensors file"): make_part("specnet", "image", weights=str(tmp_path))
+    write_json(tmp_path / "run.json", {"pipeline": "evaluate"})
+    with pytest.raises(InputError, match="not the run of a training"): as_trained({"weights": {"image": str(tmp_path)}})

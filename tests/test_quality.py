@@ -176,6 +176,7 @@ def test_wavelet_denoise():
     assert np.isnan(y).sum() == 30 and y.dtype == np.float32
     assert np.nanstd(y - rhythm) < 0.6 * np.nanstd(noisy - rhythm)
     assert wavelet_denoise(head()[:, :777]).shape == (19, 777)
+    with pytest.raises(InputError, match="unknown wavelet 'sym'"): wavelet_denoise(noisy, "sym")
 
 
 @pytest.mark.parametrize("step", [0.0, 0.1, 4.0])

@@ -167,10 +167,15 @@ def test_the_last_weights_ask_nobody(tmp_path):
     assert run.metrics["best_epoch"] == 3 and run.metrics["val_kl"] == pytest.approx(run.history.val_kl.iloc[-1])
 
 
-@pytest.mark.parametrize("wrong", [{"mixup": -1}, {"pseudo": 1.5}, {"keep": "first"}, {"stage2_rate": 0.0}, {"stage2_epochs": -1}, {"keep": "last"}])
+@pytest.mark.parametrize("wrong", [{"mixup": -1}, {"pseudo": 1.5}, {"keep": "first"}, {"stage2_rate": 0.0}, {"stage2_epochs": -1}, {"keep": "last"},
+                                   {"limit": -5}, {"patience": -1}, {"epochs": "3"}, {"epochs": 1.5}, {"batch_size": None}, {"per_period": 1}, {"mixup": float("nan")}, {"mirror": "x"}])
 def test_wrong_fields(wrong):
     with pytest.raises(InputError):
         Recipe(**wrong)
+
+
+def test_numbers_of_any_kind():
+    assert Recipe(epochs=np.int64(3), learning_rate=1, mixup=np.float32(0.5)).epochs == 3
 
 
 def test_fp16_needs_a_gpu(tmp_path):

@@ -1,5 +1,6 @@
 "Recording, channel table, units, resampling, repairs: against scipy, MNE and algebra."
 import json
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -47,6 +48,13 @@ def test_any_label(label):
     electrode_pair(label)
     (clean,) = clean_labels([label])
     assert 0 < len(clean) <= 40 and clean.isprintable()
+
+
+@pytest.mark.parametrize("labels", [["C3 (2)", "C3"], ["C3", "C3", "C3 (2)"], ["x" * 50] * 12])
+def test_labels_are_keys(labels):
+    "Cleaned labels are unique and short, whatever suffixes the file's own have."
+    clean = clean_labels(labels)
+    assert len(set(clean)) == len(labels) and max(map(len, clean)) <= 40
 
 
 def test_issue_vocabulary():
@@ -163,6 +171,21 @@ def test_bipolar_is_exact():
     assert np.isnan(y[[at("Fz"), at("Cz"), at("Pz")], 5]).all() and np.isnan(y).sum() == 3
 
 
+def test_one_reference_that_is_no_electrode_of_the_19():
+    "Fp1-FCz ... O2-FCz are differences without a loop."
+    x = noise(19)
+    r = from_arrays(x, 200, [f"{c}-FCz" for c in CHANNELS])
+    assert r.reference == "bipolar" and not any("contradict" in i.detail for i in r.issues)
+    assert_allclose(r.eeg - r.eeg[:1], x - x[:1], atol=2e-3)
+
+
+def test_one_rate_and_unit_per_channel():
+    "Rates may be an array; too few of them are an input error."
+    assert from_arrays(noise(19), np.full(19, 200), CHANNELS).fs == 200
+    with pytest.raises(InputError, match="fs: 19 channels but 2 values"): from_arrays(noise(19), [200.0] * 2, CHANNELS)
+    with pytest.raises(InputError, match="unit: 19 channels but 2 values"): from_arrays(noise(19), 200, CHANNELS, unit=["uV"] * 2)
+
+
 def test_refusals():
     "Rates, infinities and impossible amplitudes of EEG are refused; the EKG may be anything."
     x = noise(20)
@@ -212,6 +235,12 @@ def test_span(total, start, duration):
 def test_bad_requests(bad):
     "Wrong arguments are input errors."
     with pytest.raises(InputError): Request(**bad)
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.float32])
+def test_numbers_of_numpy(kind):
+    "Seconds out of an array are seconds, and travel to another process as JSON."
+    assert json.loads(json.dumps(asdict(Request(start=kind(5), duration=kind(50)))))["start"] == 5
 
 
 def test_recording_is_plain_data():

@@ -29,6 +29,8 @@ def test_a_killed_process_reads_as_failed(tmp_path):
     subprocess.run([sys.executable, "-c", script])
     assert json.loads((tmp_path / "run.json").read_text())["status"] == "running"
     assert read_run(tmp_path)["status"] == "failed"
+    (tmp_path / "run.json").write_text('{"status": "running"}')  # without a process
+    assert read_run(tmp_path)["status"] == "failed"
 
 
 def test_no_run(tmp_path):

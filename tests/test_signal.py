@@ -56,7 +56,7 @@ def test_blocks_of_rows_change_nothing():
     np.testing.assert_array_equal(bandpass(x)[2], bandpass(x[2]))
 
 
-@pytest.mark.parametrize("edges", [(0.5, 100), (40, 0.5), (0, 20), (None, None), (5, 5), (-1, 4)])
+@pytest.mark.parametrize("edges", [(0.5, 100), (40, 0.5), (0, 20), (None, None), (5, 5), (-1, 4), (0.5, np.nan), (np.nan, 40)])
 def test_impossible_edges_are_refused_in_one_line(eeg, edges):
     with pytest.raises(InputError) as e:
         bandpass(eeg, *edges)
@@ -80,6 +80,11 @@ def test_no_filter_spreads_a_gap(gaps, n):
         assert np.isfinite(y[~missing]).all()
     for row in missing:
         assert sum(b - a for a, b in find_runs(row)) == row.sum()
+
+
+@pytest.mark.parametrize("shape", [(19, 0), (0,), (0, 100)])
+def test_no_samples_are_no_samples(shape):
+    assert fill_gaps(np.zeros(shape))[0].shape == bandpass(np.zeros(shape)).shape == shape
 
 
 def test_fill_gaps_is_linear_inside_and_held_at_the_ends():

@@ -12,7 +12,7 @@ from hms_brain.augment import augment_window, crop_window, mask_image, mirror_wi
 from hms_brain.batches import SineCache, Windows, split_rows
 from hms_brain.core import CLASSES, VOTE_COLUMNS, InputError, read_json, rng_for, sha256_file
 from hms_brain.models.core import create_model
-from hms_brain.steps import learning_rate_at, vote_loss
+from hms_brain.steps import learning_rate_at, pinned, vote_loss
 from hms_brain.checkpoints import Training, newest_checkpoint
 from hms_brain.recipe import AUGMENTATIONS, Recipe
 from hms_brain.train import Run, predict_rows, train
@@ -223,6 +223,14 @@ def test_loss_is_the_competitions_kl(seed, n):
     p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     ours = float(vote_loss(*(torch.tensor(x) for x in (logits, y, weight))))
     assert ours == pytest.approx((weight * rel_entr(y, p).sum(1)).mean(), rel=1e-4, abs=1e-6)
+
+
+def test_pinned_leaves_torch_as_it_was():
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with pinned(1, 0): pass
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
+    finally: torch.use_deterministic_algorithms(False)
 
 
 def test_learning_rate_rises_and_falls():

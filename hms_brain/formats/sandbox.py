@@ -75,8 +75,8 @@ def sniff(
     try:
         with open(path, "rb") as f: head = f.read(4096)
     except OSError as e: raise InputError(f"cannot be opened ({e.strerror})", path, "check its permissions") from None
-    if not head.strip(b"\0"): raise InputError("is empty", path, "copy it again")
     text = head.removeprefix(b"\xef\xbb\xbf")
+    if not text.strip(b"\0"): raise InputError("is empty", path, "copy it again")
     known = lambda: next((f for magic, f in MAGIC if text.startswith(magic)), None)
     if (kind := known() or (load_plugins() or known())): return kind
     name = next((n for magic, n in FOREIGN if text.lstrip()[:40].startswith(magic)), None)

@@ -89,20 +89,21 @@ def parquet_columns(
     names: Sequence[str],  # columns wanted, by name
     rows: tuple[int, int],  # first row and last (excluded)
     where: Path,
-) -> list[np.ndarray]:  # (n,) float32 each
+    dtype: type = np.float32,  # of the numbers; times need np.float64
+) -> list[np.ndarray]:  # (n,) of that type each
     "Read some columns of some rows in batches, counting. Raises `InputError` for damage and for rows beyond the footer's."
     import pyarrow as pa
     meta, (first, last) = file.metadata, rows
     begins = np.cumsum([0] + [meta.row_group(g).num_rows for g in range(meta.num_row_groups)])
     groups = [g for g in range(meta.num_row_groups) if begins[g] < last and begins[g + 1] > first]
-    out = np.full((len(names), last - first), np.nan, np.float32)
+    out: np.ndarray = np.full((len(names), last - first), np.nan, dtype)
     at = int(begins[groups[0]]) if groups else 0
     try:
         for batch in file.iter_batches(65_536, row_groups=groups, columns=list(names), use_threads=False):
             if at + len(batch) > meta.num_rows: raise InputError("holds more rows than its footer says", where, "it is damaged: export it again")
             a, b = max(first, at), min(last, at + len(batch))
             for row, name in enumerate(names):
-                if b > a: out[row, a - first:b - first] = batch.column(batch.schema.get_field_index(name)).cast(pa.float32(), safe=False).to_numpy(zero_copy_only=False)[a - at:b - at]
+                if b > a: out[row, a - first:b - first] = batch.column(batch.schema.get_field_index(name)).cast(pa.from_numpy_dtype(dtype), safe=False).to_numpy(zero_copy_only=False)[a - at:b - at]
             at += len(batch)
     except MemoryError: raise
     except (pa.ArrowException, OSError) as e: raise InputError(f"is a damaged parquet file ({type(e).__name__} in its data)", where, "copy or export it again") from e
@@ -137,8 +138,8 @@ def read_parquet(
     plan = plan_channels(labels, request.channel_map, path)
     fs = None
     if timed:
-        check_decoded(n, path)
-        fs = rate_from_times(np.asarray(parquet_columns(file, [timed], (0, n), path)[0], float), path)
+        check_decoded(2 * n, path)  # float64
+        fs = rate_from_times(parquet_columns(file, [timed], (0, n), path, np.float64)[0], path)
     fs, unit, issues = table_defaults(labels, fs)
     start, stop = span(request, n / fs, path, margin=1.0)
     rows = math.floor(start * fs), min(n, math.ceil(stop * fs))

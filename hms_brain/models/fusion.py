@@ -10,6 +10,7 @@ __all__ = ['make_part', 'as_trained', 'parts_present', 'withhold', 'Fusion']
 # %% ../../nbs/33_models.fusion.ipynb #8f4cbe2a
 from pathlib import Path
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 from ..core import CLASSES, InputError, read_json
@@ -29,6 +30,7 @@ def make_part(
     path = Path(weights, "model.safetensors") if Path(weights).is_dir() else Path(weights)
     if not path.is_file(): raise InputError("is not there", str(path), "name a finished run or its model.safetensors")
     try: part.load_state_dict(load_file(path))
+    except SafetensorError as e: raise InputError(f"is no sound safetensors file ({e})", str(path), "train it again, or give another file") from None
     except RuntimeError as e: raise InputError(f"does not fit {name} ({str(e).splitlines()[0][:80]})", str(path), "give the settings it was trained with") from None
     return part
 
@@ -36,12 +38,13 @@ def make_part(
 def as_trained(
     settings: dict,  # of a fusion
 ) -> dict:  # a copy
-    "Settings with model and keywords of the runs that `weights` names. Raises `InputError` where they contradict each other."
+    "Settings with model and keywords of the runs that `weights` names. Raises `InputError` where they contradict each other, or where a run is no training."
     done = dict(settings)
     for part, folder in (settings.get("weights") or {}).items():
         record = Path(folder) / "run.json"
         if part not in ("eeg", "image") or not record.is_file(): continue
         run = read_json(record)
+        if not {"recipe", "model_settings"} <= set(run): raise InputError("is not the run of a training", str(folder), "name a folder that hms train made")
         for key, trained in ((part, run["recipe"]["model"]), (f"{part}_settings", run["model_settings"])):
             if done.setdefault(key, trained) != trained: raise InputError(f"was trained with {trained}, not {done[key]}", str(folder), f"leave {key} out")
     return done
