@@ -39,7 +39,7 @@ def open_line(
 ) -> dict | None:  # with the hash; None: the line is not what was written
     "The record of a line, if the hash fits."
     try: record = json.loads(line)
-    except ValueError: return None
+    except (ValueError, RecursionError): return None
     if not isinstance(record, dict) or not {"n", "at", "kind", "prev", "hash"} <= set(record): return None
     body = line[:-TAIL] + b"}"
     digest = hmac.new(key, body, "sha256").hexdigest() if key else hashlib.sha256(body).hexdigest()

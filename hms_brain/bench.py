@@ -271,6 +271,7 @@ def running_peer() -> Iterator[str]:  # URL
                 if httpx.get(f"{url}/health", trust_env=False).is_success: break
             if process.poll() is not None: raise RuntimeError("the naive service does not start")
             time.sleep(0.1)
+        else: raise RuntimeError("the naive service does not answer")
         yield url
     finally:
         process.terminate()
@@ -349,7 +350,7 @@ def extrapolate(
     small: dict,  # of `run_stages`
     large: dict,  # of `run_stages`, on more of the same table
     whole: dict,  # `table_size` of the table
-) -> list[dict]:  # what, unit, value_estimated
+) -> list[dict]:  # what, unit, estimated
     "An estimate for the whole table: the line through two measurements, of processor time and of disk."
     def line(name: str, one: float, two: float) -> float:
         size = GROWS_WITH.get(name, "windows")

@@ -10,6 +10,7 @@ __all__ = ['PAGES', 'LOOPBACK', 'SHORTEST_TOKEN', 'POLICY', 'SORRY', 'EXTENSIONS
            'dash_app', 'take_port', 'serve_dash']
 
 # %% ../nbs/84_dash.ipynb #82b53ee6
+import asyncio
 import os
 import secrets
 import socket
@@ -96,10 +97,12 @@ class Room:
         most: int,  # open pages
     ):
         self.kernels, self.most, self.seen = kernels, most, dict[str, bool]()  # kernel -> whether its page ever connected
+        self.coming: set[asyncio.Task | None] = set()  # requests that were let in and have no kernel yet
         def noted(call: Callable, which: Callable):
             async def calling(*args, **kwargs):
                 found = await call(*args, **kwargs)
                 self.seen[which(found)] = False
+                self.coming.discard(asyncio.current_task())
                 return found
             return calling
         kernels.start_kernel = noted(kernels.start_kernel, lambda found: found)
@@ -111,13 +114,15 @@ class Room:
         kernels.notify_connect = notify_connect
 
     async def make(self) -> bool:  # whether there is room for another page
-        "End kernels whose page is gone, as far as their place is needed."
+        "End kernels whose page is gone, as far as their place is needed, and keep a place for the request that asks until it has a kernel."
         self.seen = {k: v for k, v in self.seen.items() if k in self.kernels}
+        full = lambda: len(self.seen) + len(self.coming) >= self.most
         for k in [k for k, connected in self.seen.items() if connected and not self.kernels.kernel_model(k)["connections"]]:
-            if len(self.seen) < self.most: break
-            await self.kernels.shutdown_kernel(k)
-            self.seen.pop(k, None)
-        return len(self.seen) < self.most
+            if not full(): break
+            if self.seen.pop(k, None): await self.kernels.shutdown_kernel(k)
+        if full(): return False
+        self.coming.add(asyncio.current_task())
+        return True
 
 # %% ../nbs/84_dash.ipynb #2722a9eb
 def without_token(
@@ -149,7 +154,8 @@ def page_handlers(
             if "token" in self.request.arguments: return self.redirect(without_token(self.request.path, self.request.query))
             if not await room.make(): raise HTTPError(503)
             _ = self.xsrf_token  # its cookie is what a page shows when it is left, to end its kernel
-            await super().get(f"{name}.ipynb")
+            try: await super().get(f"{name}.ipynb")
+            finally: room.coming.discard(asyncio.current_task())
     class Lost(JupyterHandler):
         write_error = plain_error
         async def prepare(self): raise HTTPError(404)  # type: ignore[override]

@@ -7,7 +7,7 @@ Docs: https://hms-brain.github.io/hms_brain/explorer.html.md"""
 # %% auto #0
 __all__ = ['SHORT_S', 'COARSE_S', 'EXPLAIN', 'PLACES', 'around', 'answer_text', 'scan_text', 'explorer_controls',
            'explorer_layout', 'hidden_name', 'explain_window', 'Explorer', 'show_page', 'show_answer', 'show_reasons',
-           'show_timeline', 'show_scan', 'scan_short', 'open_source', 'jump', 'connect', 'explorer']
+           'show_timeline', 'show_scan', 'scan_short', 'show_nothing', 'open_source', 'jump', 'connect', 'explorer']
 
 # %% ../nbs/84_explorer.ipynb #f8d6b3cc
 import os
@@ -213,12 +213,21 @@ def scan_short(e: Explorer):
     show_scan(e)
 
 # %% ../nbs/84_explorer.ipynb #30b3c02a
+def show_nothing(e: Explorer):
+    "An empty page: the last recording must not stand under the name of the next."
+    e.reader, e.scan, e.c["said"].value = None, None, ""
+    for show in (show_page, show_answer, show_scan): show(e)
+
 def open_source(e: Explorer, first: float | None = None):
     "Look at the chosen recording, at a second of it or at its middle."
     source, c = e.sources[e.c["recording"].value], e.c
     e.folder = tempfile.TemporaryDirectory(prefix="hms_dash_")  # it goes with the next
-    e.scan = Scan.load(source["scan"]) if source["scan"] else None
-    e.reader = open_reader(source["file"], e.folder.name) if source["file"] else None
+    try:
+        e.scan = Scan.load(source["scan"]) if source["scan"] else None
+        e.reader = open_reader(source["file"], e.folder.name) if source["file"] else None
+    except Exception:
+        show_nothing(e)
+        raise
     if e.reader and e.scan and abs(e.reader.duration - e.scan.duration) > 1: e.reader = None  # an annotated copy that was cut
     length = e.reader.duration if e.reader else e.scan.duration if e.scan else 0.0
     e.opening = True

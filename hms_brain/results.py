@@ -28,6 +28,7 @@ def length(
     seconds: float,  # the length
 ) -> str:  # 1 h 02 min 03 s
     "A length of time for people."
+    seconds = round(seconds, 1 if seconds < 59.95 else 0)
     h, m, s = int(seconds // 3600), int(seconds // 60 % 60), seconds % 60
     return (f"{h} h {m:02d} min {s:02.0f} s" if h else f"{m} min {s:02.0f} s" if m else f"{s:.1f} s")
 

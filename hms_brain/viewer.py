@@ -141,7 +141,7 @@ def take_labels(session: Session, request, body: bytes) -> list[dict]:
     "The visitor's labels: all of them, each time."
     if request.method == "POST":
         try: session.labels = checked_labels(json.loads(body))
-        except ValueError as e: raise e if isinstance(e, InputError) else InputError("is not JSON", "labels") from None
+        except (ValueError, RecursionError) as e: raise e if isinstance(e, InputError) else InputError("is not JSON", "labels") from None
     return session.labels
 
 def take_cancel(session: Session, request, body: bytes) -> dict:

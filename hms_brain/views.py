@@ -13,6 +13,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import closing
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -243,13 +244,16 @@ class System:
 
     def list_alerts(self):
         "Show the log of alerts; offer those that nobody has seen."
-        self.history.value, unseen = alert_text(alerts(alert_log(self.path)) if self.path.is_file() else [])
+        found: list[dict] = []
+        if self.path.is_file():
+            with closing(alert_log(self.path)) as log: found = alerts(log)
+        self.history.value, unseen = alert_text(found)
         if self.which.options != tuple(unseen): self.which.options, self.which.value = unseen, next(iter(unseen), None)
         self.form.layout.display = "" if unseen else "none"
 
     def acknowledge(self):
         "Write down that the chosen alert was seen. Raises `InputError` without a name."
         if not self.by.value.strip(): raise InputError("nobody has seen it", "seen by", "write your name")
-        acknowledge(alert_log(self.path), self.which.value, self.by.value.strip(), self.remark.value)
+        with closing(alert_log(self.path)) as log: acknowledge(log, self.which.value, self.by.value.strip(), self.remark.value)
         self.message.value = note(f"{self.which.value}: seen by {self.by.value.strip()}.")
         self.list_alerts()

@@ -298,7 +298,7 @@ def deliver(
         for name, send in channels.items():
             for k in range(tries):
                 try: send(event); break
-                except (OSError, InputError) as e: error = f"{name}: {type(e).__name__}"
+                except Exception as e: error = f"{name}: {type(e).__name__}"  # not of one kind: a server that speaks no HTTP, an address that no mail can go to
                 if k + 1 < tries: time.sleep(wait * 2**k)
             else: failures.append(error)
         return failures
@@ -324,10 +324,11 @@ def fetch_samples(
 ) -> Samples | None:  # None: no answer, or not 200
     "Ask a service for its metrics."
     import urllib.request
+    from http.client import HTTPException
     request = urllib.request.Request(f"{url.rstrip('/')}/metrics", headers={"Authorization": f"Bearer {token}"} if token else {})
     try:
         with urllib.request.urlopen(request, timeout=timeout) as reply: return read_samples(reply.read().decode())
-    except (OSError, ValueError): return None
+    except (OSError, ValueError, HTTPException): return None  # something else may listen there
 
 # %% ../nbs/80_watch.ipynb #67efe1b1
 def run_watch(

@@ -1,5 +1,6 @@
 """Shared fixtures. Real EEG is not part of the project: tests that need it look beside the clone and say why they skip."""
 import os
+import socket
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,13 @@ CHROMIUM = os.environ.get("HMS_CHROMIUM", "/usr/bin/chromium")
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
 WAIT_MS = int(os.environ.get("HMS_BROWSER_WAIT", "240")) * 1000  # a busy machine starts kernels slowly
 needs_browser = pytest.mark.skipif(not Path(CHROMIUM).exists(), reason="no chromium (set HMS_CHROMIUM to its path)")
+
+
+def free_port() -> int:
+    "A port that nobody listened on a moment ago."
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
 
 
 @pytest.fixture(scope="session")

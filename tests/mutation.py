@@ -55,6 +55,8 @@ FAULTS = [Fault(row, name, file if file.endswith(".lock") else f"hms_brain/{file
     (14, "no list of hosts", "service/web", "    app.add_middleware(check_host, hosts=terms.hosts)\n", "", "test_service.py::test_strangers"),
     (14, "no check of Origin", "service/web", "    app.add_middleware(check_origin, origins=terms.origins)\n", "", "test_service.py::test_strangers"),
     (14, "large frames", "service/web", "ws_max_size=2 << 20", "ws_max_size=16 << 20", "test_service.py::test_close_codes[frame7-1009]"),
+    (14, "another rate is another connection", "service/stream", "        if old: new.socket,", "        if False: new.socket,", "test_service.py::test_another_rate_takes_over_too"),
+    (15, "pages that come at once are not counted", "dash", "        self.coming.add(asyncio.current_task())\n", "", "test_dash.py::test_pages_that_are_asked_for_at_once_share_the_places"),
     (15, "dashboards without a token", "dash", '"token": token,', '"token": "",', "test_dash.py::test_the_launcher_is_closed_by_default"),
     (15, "dashboards show tracebacks", "dash", '"show_tracebacks": False', '"show_tracebacks": True', "test_dash.py::test_the_launcher_is_closed_by_default"),
     (16, "labels are markup", "exports", "Environment(autoescape=True)", "Environment(autoescape=False)", "test_predict.py::test_labels_cannot_run"),

@@ -105,6 +105,23 @@ def test_demo(tmp_path):
     assert sorted(p.name for p in (tmp_path / "demo").iterdir()) == ["prediction.csv", "report.html"]
 
 
+@pytest.mark.parametrize("absent, words", [("jwt", "token create --scope predict"), ("jwt", "audit a.jsonl --keyed"), ("prometheus_client", "watch --looks 1")])
+def test_a_package_that_is_absent_is_named(absent, words):
+    "The base does without what only the service needs."
+    script = f"import sys; sys.modules[{absent!r}] = None\nfrom hms_brain.cli import main\nmain()"
+    said = one_line(subprocess.run([sys.executable, "-c", script, *words.split()], capture_output=True, text=True, timeout=120))
+    assert f"no package {absent}" in said and "hms_brain[serve]" in said
+
+
+def test_a_folder_is_no_package(tmp_path, monkeypatch):
+    from hms_brain.doctor import EXTRAS, look_for_extra
+
+    (tmp_path / "hms_only_a_folder").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(EXTRAS, "track", ("hms_only_a_folder",))
+    assert look_for_extra("track")["verdict"] == "missing"
+
+
 def test_doctor():
     findings = {f["what"]: f["verdict"] for f in json.loads(hms("doctor", "--json").stdout)}
     assert findings["base"] == findings["train"] == findings["bundle"] == "ok"

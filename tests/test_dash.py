@@ -1,4 +1,5 @@
 """Dashboards: figures hold the numbers of their tables; the launcher lets nobody in who has no token; a real browser finds figures, no error, and nothing from elsewhere."""
+import asyncio
 import json
 import os
 import re
@@ -23,7 +24,7 @@ from conftest import ROOT, WAIT_MS, needs_browser  # noqa: E402
 from hms_brain.audit import AuditLog  # noqa: E402
 from hms_brain.bundle import MANIFEST, default_bundle, seal_files  # noqa: E402
 from hms_brain.core import CLASSES, VOTE_COLUMNS, InputError, rng_for, write_json  # noqa: E402
-from hms_brain.dash import PAGES, allowed_hosts, dash_config, dash_token, dashboards, take_port, without_token  # noqa: E402
+from hms_brain.dash import PAGES, Room, allowed_hosts, dash_config, dash_token, dashboards, take_port, without_token  # noqa: E402
 from hms_brain.evaluate import evaluate, load_answers  # noqa: E402
 from hms_brain.explorer import explorer  # noqa: E402
 from hms_brain.panels import MIME, figure_bundle, grid, list_answers, list_recordings, list_runs, plot_compared, plot_pace, run_rows  # noqa: E402
@@ -71,7 +72,7 @@ def test_a_table_of_runs_says_what_their_files_say(runs):
 
 def test_training_shows_curves_and_differences(runs):
     page = Training(runs, "first,second")
-    assert numbers(page.curves) == {"first": [.9, .7, .6, .55], "second": [.8, .5]} or all(np.allclose(decoded(v), {"first": [.9, .7, .6, .55], "second": [.8, .5]}[k]) for k, v in numbers(page.curves).items())
+    assert {k: decoded(v).tolist() for k, v in numbers(page.curves).items()} == {"first": [.9, .7, .6, .55], "second": [.8, .5]}
     assert "recipe.batch_size" in page.difference.value and "60 shared windows of 20 patients" in page.difference.value and page.gaps.outputs
     page.choice.value = ["first"]
     assert "constant answer" in numbers(page.curves) and page.gaps.outputs == () and page.difference.value == ""
@@ -140,6 +141,19 @@ def test_an_alert_is_acknowledged_once_and_stays_in_the_history(tmp_path):
     assert [(a["by"], a["state"]) for a in alerts(log)] == [("Lee", "acknowledged"), ("Kim", "acknowledged")] and page.which.options == ()
 
 
+def test_looking_again_opens_no_more_files(tmp_path):
+    "A page that looks every five seconds is open for days."
+    psutil = pytest.importorskip("psutil")
+    log = AuditLog(tmp_path / "alerts.jsonl")
+    log.add("fired", id="Drift-1", rule="Drift", severity="warning", value=1.0, limit=.5, words="the windows have moved")
+    page, opened = System("http://127.0.0.1:9", log.path), psutil.Process().num_fds()
+    page.by.value = "Kim"
+    page.button.click()
+    for _ in range(5): page.list_alerts()
+    assert "seen by Kim" in page.message.value and psutil.Process().num_fds() == opened
+    log.close()
+
+
 def test_names_of_files_are_no_markup(runs):
     (runs / "first").rename(runs / "<img src=x>")
     assert "<img" not in Training(runs, "<img src=x>,second").table.value and "<img" not in grid([{"<img src=x>": "<b>"}])
@@ -182,6 +196,18 @@ def test_a_recording_that_is_none_ends_in_a_line(tmp_path):
     with pytest.raises(InputError, match="unknown montage"): explorer(tmp_path / "bad.edf", montage="x")
 
 
+def test_the_last_recording_does_not_stand_under_the_name_of_the_next(tmp_path):
+    (tmp_path / "bad.edf").write_bytes(b"no EEG at all")
+    e = explorer(ROOT / "hms_brain/assets/sample.edf")
+    assert e.c["page"].outputs and e.c["votes"].outputs and e.scan
+    e.sources.append({"name": "bad", "file": tmp_path / "bad.edf", "scan": None})
+    e.c["recording"].options = [("sample", 0), ("bad", 1)]
+    e.c["recording"].value = 1
+    assert "bad" in e.c["message"].value and e.reader is None and e.scan is None
+    assert {name: e.c[name].outputs for name in ("page", "votes", "regions", "timeline")} == dict.fromkeys(("page", "votes", "regions", "timeline"), ())
+    assert e.c["said"].value == e.c["head"].value == e.c["lists"].value == ""
+
+
 def test_the_launcher_is_closed_by_default(monkeypatch):
     config = dash_config("127.0.0.1", 8050, "t" * 32, allowed_hosts("127.0.0.1"))
     assert config["Voila"]["token"] == "t" * 32 and config["Voila"]["open_browser"] is False and config["Voila"]["port_retries"] == 0
@@ -195,6 +221,29 @@ def test_the_launcher_is_closed_by_default(monkeypatch):
     for host in ("0.0.0.0", "192.168.1.2", "::"):
         with pytest.raises(InputError, match="can be reached by others"): allowed_hosts(host)
     assert take_port("127.0.0.1", 0) > 0
+
+
+def test_pages_that_are_asked_for_at_once_share_the_places():
+    "A kernel takes its time to start; whoever asks meanwhile finds its place taken."
+    class Kernels(dict):
+        async def start_kernel(self, name):
+            await asyncio.sleep(.02)
+            self[name] = 0
+            return name
+        def notify_connect(self, name): self[name] += 1
+        def kernel_model(self, name): return {"connections": self[name]}
+        async def shutdown_kernel(self, name): del self[name]
+    async def visit(room, name):
+        if not await room.make(): return False
+        await room.kernels.start_kernel(name)
+        return True
+    async def visits():
+        room = Room(Kernels(), most=2)
+        said = await asyncio.gather(*(visit(room, name) for name in "abcde"))
+        for name in room.kernels: room.kernels.notify_connect(name)
+        room.kernels["a"] = 0  # its page is closed
+        return said, await asyncio.gather(*(visit(room, name) for name in "fgh")), sorted(room.kernels)
+    assert asyncio.run(visits()) == ([True, True, False, False, False], [True, False, False], ["b", "f"])
 
 
 def test_pages_travel_in_the_package_and_link_nothing():

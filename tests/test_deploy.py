@@ -4,7 +4,6 @@ import os
 import re
 import shlex
 import shutil
-import socket
 import stat
 import subprocess
 import sys
@@ -16,7 +15,7 @@ from urllib.request import urlopen
 import pytest
 import yaml
 
-from conftest import ROOT
+from conftest import ROOT, free_port
 from hms_brain.core import DEFAULTS
 from hms_brain.watch import RULES, rules_text
 
@@ -142,12 +141,6 @@ def test_rules_fire_on_their_story_alone(rule, tmp_path):
     (tmp_path / "story.yml").write_text(yaml.safe_dump(story))
     done = subprocess.run(["promtool", "test", "rules", "story.yml"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def ask(url, **query):

@@ -1,8 +1,11 @@
 """Drift, audit log, alerts: false alarms counted, lines broken, processes killed, messages caught on loopback servers."""
+import asyncio
+import dataclasses
 import hashlib
 import hmac
 import json
 import os
+import shutil
 import signal
 import smtplib
 import socketserver
@@ -20,7 +23,7 @@ from scipy.stats import ks_2samp
 from hms_brain import watch
 from hms_brain.audit import AuditLog, log_name, read_log, verify_log
 from hms_brain.batches import SineCache
-from hms_brain.bundle import FILES, Bundle, default_bundle, seal_files
+from hms_brain.bundle import FILES, MANIFEST, Bundle, default_bundle, seal_files
 from hms_brain.core import CLASSES, InputError, get_settings, rng_for
 from hms_brain.drift import ANSWERS, FALSE_ALARMS, FEATURES, DriftMonitor, Reference, drift_limit, fit_reference, ks_distance, measure_window
 from hms_brain.monitor import Metrics
@@ -204,6 +207,11 @@ def test_the_command(tmp_path):
     assert done.returncode == 2 and "line 1 was changed" in done.stderr and done.stderr.count("\n") == 1
 
 
+def test_a_line_without_end_is_a_changed_line(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b"[" * 100_000 + b"\n")
+    with pytest.raises(InputError, match="line 1 was changed"): verify_log(tmp_path / "a.jsonl")
+
+
 # alerts
 
 @pytest.fixture
@@ -223,6 +231,7 @@ def hook():
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
     server.shutdown()
+    server.server_close()
 
 
 EVENT = {"kind": "fired", "rule": "Errors", "severity": "critical", "id": "Errors-1"}
@@ -238,6 +247,20 @@ def test_webhook_is_signed_and_tried_again(hook):
     hook.codes = [500] * 3
     assert watch.deliver({"webhook": lambda e: watch.send_webhook(url, e)}, wait=0)(EVENT) == ["webhook: HTTPError"]
     with pytest.raises(InputError): watch.send_webhook("file:///etc/passwd", EVENT)
+
+
+def test_what_speaks_no_http_ends_no_watch():
+    "Another program has the port of the webhook, or of the service."
+    class Shell(socketserver.BaseRequestHandler):
+        def handle(self):
+            self.request.sendall(b"SSH-2.0-here\r\n")
+            while self.request.recv(1 << 16): pass  # until the other side gives up
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Shell) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_address[1]}"
+        assert watch.fetch_samples(url) is None
+        assert watch.deliver({"webhook": lambda e: watch.send_webhook(url, e)}, wait=0)(EVENT) == ["webhook: BadStatusLine"]
+        server.shutdown()
 
 
 @pytest.fixture
@@ -314,8 +337,6 @@ def test_a_running_service_is_watched(tmp_path):
 
 
 def test_a_service_compares_and_writes_down(tmp_path, reference):
-    import dataclasses
-
     from fastapi.testclient import TestClient
 
     from hms_brain.service.engine import Engine
@@ -324,7 +345,7 @@ def test_a_service_compares_and_writes_down(tmp_path, reference):
     app = create_app(threads=1, jobs=tmp_path / "jobs", audit=AuditLog(tmp_path / "service.jsonl"))
     engine: Engine = app.state.engine
     engine.predictor.bundle = dataclasses.replace(engine.predictor.bundle, drift=reference.to_dict())
-    engine.greet()
+    engine.greet(engine.predictor)
     eeg = (rng_for(0, "service").normal(size=(19, 2000)).cumsum(1) * 2).round(1)
     with TestClient(app, base_url="http://127.0.0.1") as client:
         answers = [client.post("/predict", json={"eeg_data": (eeg + k).tolist()}).json() for k in range(2)]
@@ -335,3 +356,26 @@ def test_a_service_compares_and_writes_down(tmp_path, reference):
     assert [r["kind"] for r in records] == ["model", "model", "answer", "answer"]
     assert [r["input_sha256"] for r in records[2:]] == [a["input_sha256"] for a in answers]
     assert "eeg" not in (tmp_path / "service.jsonl").read_text()
+
+
+def test_a_bundle_that_cannot_be_compared_changes_nothing(tmp_path, reference):
+    "Neither the model nor its reference; one without a reference takes the distances of the last with it."
+    from hms_brain.service.engine import Engine
+
+    place = tmp_path / "bundle"
+    shutil.copytree(default_bundle(), place)
+    def written(drift):
+        (place / "drift.json").unlink(missing_ok=True)
+        if drift: (place / "drift.json").write_text(json.dumps(drift))
+        (place / MANIFEST).write_bytes(seal_files({p.name: p.read_bytes() for p in place.iterdir() if p.name != MANIFEST}))
+    written(reference.to_dict())
+    engine = Engine(place, threads=1)
+    predictor, drift = engine.predictor, engine.drift
+    written({"n": 60, "of": "another release"})
+    with pytest.raises(InputError, match=r"drift\.json"): asyncio.run(engine.reload())
+    assert engine.predictor is predictor and engine.drift is drift
+    engine.metrics.compare([{"what": "amplitude", "distance": .5, "psi": 2.0, "drifted": True}])
+    written(None)
+    asyncio.run(engine.reload())
+    assert engine.predictor is not predictor and engine.drift is None and "amplitude" not in engine.metrics.text().decode()
+    engine.close()

@@ -3,14 +3,13 @@ import os
 import re
 import shlex
 import shutil
-import socket
 import subprocess
 import time
 
 import httpx
 import pytest
 
-from conftest import ROOT
+from conftest import ROOT, free_port
 from test_cli import HMS
 
 # the lines of its blocks, but for the one that changes the shell
@@ -84,12 +83,6 @@ def test_training_and_its_reports(home):
     first = home / "outputs/runs/first"
     assert all((first / name).exists() for name in ("run.json", "history.csv", "metrics.json", "bundle/bundle.json", "evaluate", "report/report.html", "explain"))
     assert {"crossval", "search"} <= {p.name.split("-")[-1] for p in (home / "outputs/runs").iterdir()}
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from test_hygiene import FLOORS, pins
 HERE = Path(sys.executable).parent
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 WORKS = {  # extra without torch -> what it brings, imported
-    "serve": "hms_brain.service.web", "app": "hms_brain.app", "dash": "hms_brain.dash, voila, jupyterlab, anywidget", "kaggle": "hms_brain.kaggle_kernel, kagglesdk",
+    "serve": "hms_brain.service.web", "app": "hms_brain.app", "dash": "hms_brain.dash, voila, jupyterlab, anywidget, prometheus_client", "kaggle": "hms_brain.kaggle_kernel, kagglesdk",
     "scale": "hms_brain.archive, distributed, timescoring", "openvino": "openvino", "track": "mlflow"}
 WITH_TORCH = ("train", "explain", "dev", "all")  # gigabytes: resolved, not installed; `make test` installs `all`
 

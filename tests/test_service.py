@@ -14,6 +14,7 @@ import time
 import warnings
 from collections import Counter
 from contextlib import ExitStack
+from types import SimpleNamespace
 from urllib.parse import quote
 
 import httpx
@@ -33,8 +34,9 @@ from hms_brain.core import CHANNELS, CLASSES, InputError
 from hms_brain.predict import Predictor, predict_file
 from hms_brain.records import from_arrays, read_recording
 from hms_brain.service.core import input_hash, problem
-from hms_brain.service.jobs import Ledger
-from hms_brain.service.stream import write_block
+from hms_brain.monitor import Metrics
+from hms_brain.service.jobs import Ledger, do_one
+from hms_brain.service.stream import Streams, serve_stream, write_block
 from hms_brain.service.tokens import AUDIENCE, SCOPES, Terms, make_token, read_terms
 from hms_brain.service.web import NPY, create_app, listen, running_service
 from hms_brain.simulate import simulate_recording
@@ -214,7 +216,7 @@ def test_a_token_opens(guarded, eeg):
 def test_strangers(client):
     for host in ("evil.example", "evil.example:8000", "127.0.0.1.evil.example", "localhost@evil.example", "[", ""): refused(client.get("/health", headers={"host": host}), 400)
     for host in ("localhost", "127.0.0.1:9", "[::1]:8000"): assert client.get("/health", headers={"host": host}).status_code == 200
-    for origin in ("https://evil.example", "null", "http://127.0.0.1.evil.example", "http://127.0.0.1:3000"): refused(client.post("/model/reload", headers={"origin": origin}), 403)
+    for origin in ("https://evil.example", "null", "http://127.0.0.1.evil.example", "http://127.0.0.1:3000", "http://["): refused(client.post("/model/reload", headers={"origin": origin}), 403)
     for header in ({"origin": "https://evil.example"}, {"host": "evil.example"}):
         with pytest.raises(WebSocketDenialResponse) as e, client.websocket_connect("ws://127.0.0.1/ws/stream/a", headers=header): pass
         assert e.value.status_code == (403 if "origin" in header else 400)
@@ -514,6 +516,39 @@ def test_sixteen_streams(service):
     assert refused_with("a", origin="https://evil.example") == 403
 
 
+class Line:
+    "A WebSocket without a network: its handshake takes a moment, then nothing is said until it is closed."
+    def __init__(self): self.code, self.closed = None, asyncio.Event()
+    async def accept(self, protocol): await asyncio.sleep(0.01)
+    async def send_json(self, value): pass
+    async def send_denial_response(self, answer): self.code = answer.status_code
+    async def close(self, code, reason): self.code = code; self.closed.set()
+    async def receive(self):
+        await self.closed.wait()
+        return {"type": "websocket.disconnect"}
+
+
+async def connected(streams, *calls):
+    "Connect each (id, fs) with the next beginning in the same moment; how many places are taken, and what each line heard."
+    engine = SimpleNamespace(metrics=Metrics(), predictor=SimpleNamespace(bundle=SimpleNamespace(identity=dict)))
+    lines = [Line() for _ in calls]
+    tasks = [asyncio.create_task(serve_stream(line, streams, engine, ("me", id), fs)) for line, (id, fs) in zip(lines, calls)]
+    await asyncio.sleep(0.1)
+    taken, heard = streams.connected(), [line.code for line in lines]
+    for line in lines: line.closed.set()
+    await asyncio.gather(*tasks)
+    return taken, heard
+
+
+def test_a_place_is_taken_before_the_handshake_ends():
+    assert asyncio.run(connected(Streams(most=2), ("a", 200), ("b", 200), ("c", 200))) == (2, [None, None, 429])
+
+
+def test_another_rate_takes_over_too():
+    "Else each rate under one id would be a connection that nobody counts."
+    assert asyncio.run(connected(Streams(most=2), ("a", 200), ("a", 250), ("b", 200), ("a", 256))) == (2, [1008, 1008, None, None])
+
+
 def test_a_body_without_a_length_is_counted(service):
     def drip():
         for _ in range(20): yield b"0" * (1 << 20)
@@ -569,6 +604,30 @@ def test_sigterm_cuts_no_answer(eeg):
         for t in threads: t.join(120)
         assert process.wait(60) == 0
     assert ready == [200, 503] and set(outcomes) == {200, 503} and outcomes[503] == 8, outcomes
+
+
+def test_a_result_that_cannot_be_written_fails_alone(tmp_path):
+    "It ends the job, not the thread that does the jobs."
+    ledger = Ledger(tmp_path)
+    path = ledger.place() / "a.txt"
+    path.write_text("a")
+    id = ledger.add(path)
+    assert do_one(ledger, lambda path: {"p": float("nan")}) and ledger.find(id)["result"] == {"error": "an internal error"} and not path.exists()
+    ledger.close()
+
+
+def test_a_service_that_complains_is_not_stopped_by_it(tmp_path, monkeypatch):
+    "More on standard error than a pipe holds, and nobody who reads it."
+    script = tmp_path / "python"
+    script.write_text(f"#!/bin/sh\necho http://here\nhead -c 300000 /dev/zero >&2\ntouch {tmp_path}/done\n")
+    script.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(script))
+    with running_service() as (url, _):
+        end = time.monotonic() + 10
+        while not (tmp_path / "done").exists() and time.monotonic() < end: time.sleep(0.05)
+        assert url == "http://here" and (tmp_path / "done").exists()
+    script.write_text("#!/bin/sh\necho no bundle >&2\n")
+    with pytest.raises(RuntimeError, match="no bundle"), running_service(): pass
 
 
 WORK = """

@@ -7,7 +7,6 @@ import os
 import re
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,7 +15,7 @@ from urllib.request import urlopen
 
 import pytest
 
-from conftest import ROOT
+from conftest import ROOT, free_port
 
 TUTORIALS = sorted((ROOT / "nbs/tutorials").glob("*.ipynb"))
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", ROOT / "deploy/README.md", ROOT / "nbs/safety.ipynb", *TUTORIALS]
@@ -103,12 +102,6 @@ def test_the_check_can_fail(known):
 
 
 # what stands in blocks runs
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
 
 class Shell:
     "A terminal in the clone: what a command exports, the next one sees."

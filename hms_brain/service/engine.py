@@ -106,15 +106,12 @@ class Engine:
         audit: AuditLog | None = None,  # told of every model and every answer
     ):
         self.folder, self.threads, self.metrics = folder, threads, metrics or Metrics()
-        self.predictor = open_predictor(folder, threads)
         self.audit = audit
-        self.drift: DriftMonitor | None = None
-        self.greet()
+        self.greet(open_predictor(folder, threads))
         self.readers = ThreadPoolExecutor(get_settings().system.workers, "read")  # bodies
         self.decoders = ThreadPoolExecutor(4, "decode")  # files: these wait for child processes
         self.network = ThreadPoolExecutor(1, "network")
         self.notes = ThreadPoolExecutor(1, "notes")  # what is written down when the answer is on its way
-        self.draining = False  # True: no new predictions are taken
         self.waiting: asyncio.Queue[Ask] = asyncio.Queue()
         self.changing = asyncio.Lock()
 
@@ -133,12 +130,16 @@ class Engine:
         self.notes.submit(write_down, self.drift, self.audit, ask, answer)
         return answer
 
-    def greet(self):
-        "Write down which model answers from now on, and begin to compare windows with its reference."
-        bundle = self.predictor.bundle
-        self.drift = DriftMonitor(Reference.from_dict(bundle.drift)) if bundle.drift else None
-        self.metrics.describe(bundle)
+    def greet(self,
+        predictor: Predictor,  # that answers from now on
+    ):
+        "Let a model answer: write it down, and begin to compare windows with its reference. Raises `InputError` and keeps the present one when either fails."
+        bundle = predictor.bundle
+        drift = DriftMonitor(Reference.from_dict(bundle.drift)) if bundle.drift else None
         if self.audit: self.audit.add("model", **bundle.identity())
+        self.predictor, self.drift = predictor, drift
+        self.metrics.describe(bundle)
+        self.metrics.compare([])  # nothing is known of the windows of this one yet
 
     async def run(self):
         "Serve the queue until cancelled."
@@ -154,8 +155,7 @@ class Engine:
     async def reload(self) -> dict:  # identity of the bundle that answers from now on
         "Read the bundle's folder again. Raises `InputError` and keeps the present one when anything is wrong."
         async with self.changing:
-            self.predictor = await asyncio.get_running_loop().run_in_executor(self.decoders, open_predictor, self.folder, self.threads)
-            self.greet()
+            self.greet(await asyncio.get_running_loop().run_in_executor(self.decoders, open_predictor, self.folder, self.threads))
             return self.predictor.bundle.identity()
 
     def close(self):

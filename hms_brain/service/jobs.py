@@ -155,7 +155,9 @@ def do_one(
     job = ledger.take()
     if job is None: return False
     id, path = job
-    try: state, result = "done", work(path)
+    try:
+        state, result = "done", to_jsonable(work(path))
+        json.dumps(result, allow_nan=False)  # what cannot be written down is a fault of ours, too
     except InputError as e: state, result = "failed", {"error": e.what + (f"; {e.mend}" if e.mend else "")}
     except Exception:
         logging.getLogger(__name__).exception("job %s", id)

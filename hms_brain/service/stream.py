@@ -125,13 +125,15 @@ class Streams:
         "The stream of that name, or a new one."
         for k, s in list(self.known.items()):
             if s.socket is None and time.monotonic() - s.left > self.keep: del self.known[k]
-        if key in self.known and self.known[key].fs == fs: return self.known[key]
-        if key not in self.known and len(self.known) >= self.most:
+        old = self.known.get(key)
+        if old and old.fs == fs: return old
+        if old is None and len(self.known) >= self.most:
             idle = next((k for k, s in self.known.items() if s.socket is None), None)
             if idle is None: return None
             del self.known[idle]
-        self.known[key] = Stream(fs, key[1])
-        return self.known[key]
+        new = self.known[key] = Stream(fs, key[1])
+        if old: new.socket, old.socket = old.socket, None  # a connection at the old rate is taken over like any other
+        return new
 
 # %% ../../nbs/81_service.stream.ipynb #f7d0de18
 def greet(
@@ -186,14 +188,14 @@ async def serve_stream(
     "One connection from hello to goodbye: 1000 at the end, 1008 for what is not a stream, 1011 for a fault of ours."
     stream = streams.open(key, fs)
     if stream is None: return await socket.send_denial_response(problem(429, f"{streams.most} streams are connected", {"Retry-After": "30"}))
-    await socket.accept(protocol)
-    old, stream.socket = stream.socket, socket
+    old, stream.socket = stream.socket, socket  # before anything is awaited: a place that waits for its handshake is taken
     code, reason = 1000, ""
-    engine.metrics.streams.set(streams.connected())
     try:
+        await socket.accept(protocol)
+        engine.metrics.streams.set(streams.connected())
         if old:
             with suppress(WebSocketDisconnect, RuntimeError): await old.close(1008, "another connection took over")
-        if await talk(socket, stream, engine, until, after): streams.known.pop(key, None)
+        if await talk(socket, stream, engine, until, after) and stream.socket is socket: streams.known.pop(key, None)
     except WebSocketDisconnect: return
     except InputError as e: code, reason = 1008, e.what
     except HTTPException as e: code, reason = 1008, e.detail

@@ -410,15 +410,17 @@ def running_service(
     **env: str,  # variables, e.g. HMS_SECRET
 ) -> Iterator[tuple[str, subprocess.Popen]]:  # URL, process
     "Start `hms serve` and stop it at the end. Raises RuntimeError when it does not start."
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, open(f"{folder}/stderr", "w+") as said:  # a pipe that nobody reads would stop the service when it is full
         command = [sys.executable, "-c", "from hms_brain.cli import main; main()", "serve", "--port", "0", *words]
-        process = subprocess.Popen(command, env=os.environ | {"HMS_PATHS_JOBS": f"{folder}/jobs", "HMS_PATHS_AUDIT": f"{folder}/audit"} | env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        assert process.stdout and process.stderr
+        process = subprocess.Popen(command, env=os.environ | {"HMS_PATHS_JOBS": f"{folder}/jobs", "HMS_PATHS_AUDIT": f"{folder}/audit"} | env, stdout=subprocess.PIPE, stderr=said, text=True)
+        assert process.stdout
         try:
             url = process.stdout.readline().strip()
-            if not url: raise RuntimeError(process.stderr.read())
+            if not url:
+                process.wait(60); said.seek(0)
+                raise RuntimeError(said.read())
             yield url, process
         finally:
             process.terminate()
             try: process.communicate(timeout=60)
-            except subprocess.TimeoutExpired: process.kill()
+            except subprocess.TimeoutExpired: process.kill(); process.wait()

@@ -2,7 +2,7 @@
 // Everything is drawn on canvas from binary pieces; text from files only ever becomes textContent or fillText.
 "use strict";
 (() => {
-const CHUNK = 10, MARGIN = 2, CENTRE = 10, TILE = 600, STEP = 2, ABSENT = -32768, PX_PER_MM = 96 / 25.4;
+const CHUNK = 10, MARGIN = 2, CENTRE = 10, TILE = 600, ABSENT = -32768, PX_PER_MM = 96 / 25.4;
 const token = location.hash.slice(1);
 const $ = id => document.getElementById(id);
 const clamp = (x, low, high) => Math.max(low, Math.min(high, x));
@@ -32,10 +32,10 @@ async function ask(path, options = {}) {
 
 function remember(map, key, load, limit) {
   if (map.has(key)) { const kept = map.get(key); map.delete(key); map.set(key, kept); return kept; }
-  const entry = { data: null, failed: null };
+  const entry = { data: null };
   map.set(key, entry);
   while (map.size > limit) map.delete(map.keys().next().value);
-  entry.done = load().then(x => { entry.data = x; redraw(); }, e => { entry.failed = e.message; map.delete(key); toast(e.message); });
+  load().then(x => { entry.data = x; redraw(); }, e => { map.delete(key); toast(e.message); });
   return entry;
 }
 
@@ -110,7 +110,7 @@ function listEvents() {
   body.replaceChildren(); near.replaceChildren();
   $("events-title").textContent = events.length ? `Events (${events.length})` : "Events";
   const shown = events.slice(0, 2000);
-  shown.forEach((e, i) => {
+  shown.forEach(e => {
     const c = classOf(e.kind);
     const name = () => { const td = el("td"); td.append(dot(c), c.label); return td; };
     const full = el("tr"), brief = el("tr");
@@ -304,7 +304,6 @@ function drawWhy(g, lines, yOf, unit, pxOf) {  // evidence of the chain that a r
 function drawPage() {
   const canvas = $("page"), { g, w, h } = pen(canvas), about = view.about, left = 62, right = w - 10, top = 12, bottom = h - 62, width = right - left;
   const margin = view.seconds === 10 ? MARGIN : 0, t0 = view.at - margin, t1 = view.at + view.seconds + margin, pxOf = t => left + width * (t - t0) / (t1 - t0);
-  canvas.place = { left, width, t0, total: t1 - t0 };
   const lines = montageRows(), unit = (bottom - top) / (lines[lines.length - 1].y + 1.6);
   const pxPerUv = PX_PER_MM / SENSITIVITIES[view.sensitivity];
   if (margin) { g.fillStyle = ink.margin; g.fillRect(left, top, pxOf(view.at) - left, bottom - top); g.fillRect(pxOf(view.at + view.seconds), top, right - pxOf(view.at + view.seconds), bottom - top); }
