@@ -6,7 +6,8 @@ Docs: https://hms-brain.github.io/hms_brain/bench_scan.html.md"""
 
 # %% auto #0
 __all__ = ['TOPICS', 'sparcnet', 'timed', 'sparcnet_hour', 'compact_bundle', 'image_row', 'window_hour', 'scan_row',
-           'measure_scan', 'long_edf', 'measure_memory', 'measure_archive', 'measure_all', 'plain_rows', 'keep_rows']
+           'measure_scan', 'long_edf', 'measure_memory', 'measure_archive', 'measure_all', 'load_rows', 'plain_rows',
+           'keep_rows']
 
 # %% ../nbs/88_bench_scan.ipynb #788fa38b
 import dataclasses
@@ -202,12 +203,20 @@ def measure_all() -> list[dict]:
 
 TOPICS: dict[str, Callable[..., list[dict]]] = {"all": measure_all, "parts": measure, "simulate": measure_simulation, "load": measure_loading, "scan": measure_scan, "memory": measure_memory, "archive": measure_archive, "serve": measure_service}
 
+def load_rows(
+    rows: list[dict],  # of `measure_service`
+) -> list[dict]:  # name, ours, peer, unit, ratio
+    "The 99th percentile of a request, beside the naive service under as many clients."
+    naive = {r["clients"]: r["p99_ms"] for r in rows if r["what"].startswith("naive")}
+    return [{"name": f"{r['what']}, {r['clients']} clients, p99", "ours": r["p99_ms"], "peer": naive.get(r["clients"]), "unit": "ms", "ratio": round(naive[r["clients"]] / r["p99_ms"], 2) if r["clients"] in naive else None}
+            for r in rows if not r["what"].startswith("naive")]
+
 def plain_rows(
-    rows: list[dict],  # of a topic; the first names the machine
+    rows: list[dict],  # of a topic; one may name the machine
 ) -> dict:  # machine, rows: name, ours, peer, unit, ratio
     "The rows as other programs want them."
-    each = [{"name": r.get("name") or r["what"], "ours": r["megabytes"] if "megabytes" in r else r["seconds"], "peer": r.get("peer_seconds") or None, "unit": "MB" if "megabytes" in r else "s", "ratio": r.get("times_faster") or None} for r in rows if r.get("seconds")]
-    return {"machine": next((r["what"].removeprefix("machine: ") for r in rows if str(r.get("what", "")).startswith("machine")), machine_row()["what"]), "version": versions().get("hms_brain", ""), "measured": now(), "rows": each}
+    each = load_rows(rows) if "clients" in rows[0] else [{"name": r.get("name") or r["what"], "ours": r["megabytes"] if "megabytes" in r else r["seconds"], "peer": r.get("peer_seconds") or None, "unit": "MB" if "megabytes" in r else "s", "ratio": r.get("times_faster") or None} for r in rows if r.get("seconds")]
+    return {"machine": next((r["what"].removeprefix("machine: ") for r in rows if str(r.get("what", "")).startswith("machine")), machine_row()["what"].removeprefix("machine: ")), "version": versions().get("hms_brain", ""), "measured": now(), "rows": each}
 
 # %% ../nbs/88_bench_scan.ipynb #54c8cdf4
 def keep_rows(

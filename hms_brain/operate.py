@@ -129,7 +129,6 @@ def bench(
     if topic == "twin" and not like: raise InputError("needs a table", "hms bench twin", "name the competition's train.csv with --like")
     if topic == "twin": return print_twin(measure_twin(str(like), folder, share), as_json)
     rows = TOPICS[topic](seconds) if topic == "serve" else TOPICS[topic](hours or (1.0,)) if topic == "memory" else TOPICS[topic]()
-    if topic == "serve": return print_json(rows) if as_json else print_table(rows)
     kept = keep_rows(topic, rows)
     if as_json: print_json(plain_rows(rows))
     else: print_table([{k: r.get(k, "") for k in dict.fromkeys(k for r in rows for k in r)} for r in rows])

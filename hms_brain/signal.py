@@ -99,8 +99,8 @@ def design(
     "Sections of a Butterworth filter. Raises `InputError` for edges that the rate cannot carry."
     from scipy.signal import butter
     edges = [e for e in (low, high) if e is not None]
-    if not edges or edges != sorted(set(edges)) or not all(0 < e < fs / 2 for e in edges):
-        raise InputError(f"a filter from {low} to {high} Hz is impossible at {fs:g} Hz", mend=f"edges must rise and lie between 0 and {fs / 2:g} Hz")
+    if not edges or edges != sorted(set(edges)) or not all(fs / 1e7 < e < fs / 2 for e in edges):
+        raise InputError(f"a filter from {low} to {high} Hz is impossible at {fs:g} Hz", mend=f"edges must rise and lie between {fs / 1e7:g} and {fs / 2:g} Hz")
     kind = "bandpass" if len(edges) == 2 else "highpass" if high is None else "lowpass"
     return butter(order, edges if len(edges) == 2 else edges[0], kind, fs=fs, output="sos")
 
