@@ -7,7 +7,7 @@ Docs: https://hms-brain.github.io/hms_brain/runs.html.md"""
 # %% auto #0
 __all__ = ['INSTEAD', 'new_run_dir', 'now', 'versions', 'update_run', 'record_run', 'process_alive', 'read_run', 'newest_run',
            'list_pipelines', 'find_pipeline', 'Parameter', 'pipeline_parameters', 'parse_parameters', 'run_folder',
-           'shown', 'RunFailed', 'environment', 'run_pipeline', 'execute_notebook']
+           'as_typed', 'command_of', 'RunFailed', 'environment', 'run_pipeline', 'execute_notebook']
 
 # %% ../nbs/08_runs.ipynb #a6815813
 import ast
@@ -189,11 +189,17 @@ def run_folder(
     return new_run_dir(command).resolve()
 
 # %% ../nbs/08_runs.ipynb #23e5a113
-def shown(command: str, values: dict) -> str:
-    "A pipeline's call as it would be typed, without the folder of its outputs: paths are nobody's business."
+def as_typed(command: str, values: dict) -> str:
+    "A pipeline's call as it would be typed, without the folder of its outputs. Of a path that leaves the project only the end: the rest is nobody's business."
     import shlex
-    kept = {k: Path(v).name if os.sep in str(v) and not str(v).startswith("{") else v for k, v in values.items() if k not in ("out", "run")}
-    return " ".join(["hms", command, *(f"-p {k}={shlex.quote(str(v))}" for k, v in kept.items())])
+    def kept(value) -> str:
+        path = Path(str(value))
+        return path.name if path.is_absolute() or ".." in path.parts else str(value)
+    return " ".join(["hms", command, *(f"-p {k}={shlex.quote(kept(v))}" for k, v in values.items() if k not in ("out", "run"))])
+
+def command_of(record: dict) -> str:  # run.json
+    "What was typed to start a run; empty where nobody knows."
+    return as_typed(record["pipeline"], record["parameters"]) if "pipeline" in record else record.get("command", "")
 
 INSTEAD = {"evaluate": "table", "explain": "bundle"}  # pipeline -> the parameter that makes a run unnecessary
 
@@ -227,7 +233,7 @@ def run_pipeline(
     folder, kept = run_folder(command, values), {}
     if values.get("file"): kept, values["file"] = {"HMS_FILE": os.path.expandvars(str(values["file"]))}, "$HMS_FILE"  # names of recordings are often names of patients
     values["out"] = str(folder)
-    with record_run(folder, pipeline=command, command=shown(command, values), parameters=values), environment(HMS_RUN=str(folder), PYTHONUNBUFFERED="1", **kept):
+    with record_run(folder, pipeline=command, command=as_typed(command, values), parameters=values), environment(HMS_RUN=str(folder), PYTHONUNBUFFERED="1", **kept):
         execute_notebook(find_pipeline(command), folder, values, quiet)
     if (folder / "tracking.json").is_file():  # what the mirrors show must end with the run
         from hms_brain.tracking import follow
