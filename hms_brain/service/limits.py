@@ -15,6 +15,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from http import HTTPStatus
+from itertools import cycle
 from urllib.parse import urlsplit
 
 from fastapi import HTTPException
@@ -128,6 +129,7 @@ def take_slot(
     limits: Mapping[str, Limit] = LIMITS,  # by path
 ) -> ASGIApp:
     "Refuse what finds no slot (429) or comes while the service drains (503)."
+    pause = cycle("1234")  # s, so that those who are turned away do not come back all at once
     async def guarded(scope: Scope, receive: Receive, send: Send):
         pool = limits.get(scope["path"], OTHER).pool if scope["type"] == "http" and scope["method"] == "POST" else None
         async def closing(message: Message):
@@ -135,7 +137,7 @@ def take_slot(
             await send(message)
         if pool is None: return await app(scope, receive, closing)
         if slots.draining: return await refuse(scope, receive, closing, 503, "draining", "the service is about to stop", {"Retry-After": "5"})
-        if slots.used[pool] >= slots.sizes[pool]: return await refuse(scope, receive, closing, 429, "busy", f"{slots.sizes[pool]} requests are under way", {"Retry-After": "1"})
+        if slots.used[pool] >= slots.sizes[pool]: return await refuse(scope, receive, closing, 429, "busy", f"{slots.sizes[pool]} requests are under way", {"Retry-After": next(pause)})
         slots.used[pool] += 1
         slots.metrics.in_flight.labels(pool).inc()
         try: await app(scope, receive, closing)
