@@ -8,7 +8,7 @@ Docs: https://hms-brain.github.io/hms_brain/formats.tables.html.md"""
 __all__ = ['SPECTROGRAM_NAME', 'TIME_NAMES', 'MAX_TEXT', 'MAX_MEMBERS', 'IIIC_NAMES', 'MAT_NUMBERS', 'refuse_other_tables',
            'rate_from_times', 'time_column', 'table_defaults', 'open_parquet', 'parquet_columns', 'check_columns',
            'read_parquet', 'split_header', 'first_bad_line', 'read_csv', 'check_npy', 'oriented', 'raw_from_array',
-           'read_npy', 'inflate', 'npz_arrays', 'read_npz', 'from_mat', 'mat_signal', 'read_mat', 'spectrogram_names',
+           'read_npy', 'inflate', 'npz_arrays', 'read_npz', 'mat_signal', 'read_mat', 'spectrogram_names',
            'read_spectrogram', 'read_rated_spectrogram']
 
 # %% ../../nbs/05_formats.tables.ipynb #3bd60a3e
@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 from ..core import CHANNELS, FS, HMS_COLUMNS, REGIONS, InputError
 from ..electrodes import plan_channels
+from .matlab import check_mat, from_mat
 from ..records import Issue, Raw, Request, check_decoded, span
 
 # %% ../../nbs/05_formats.tables.ipynb #b186bb10
@@ -314,17 +315,6 @@ def read_npz(
     def text(v): return [e.decode("latin-1") if isinstance(e, bytes) else str(e) for e in v.ravel()]
     return raw_from_array(arrays[key], request, path, None if fs is None else float(fs.item()), None if labels is None else text(labels), text(unit)[0] if unit is not None and unit.size else None)
 
-# %% ../../nbs/05_formats.tables.ipynb #18cdb5c9
-def from_mat(
-    path: Path,
-    name: str | None = None,  # a variable; None: what the headers declare
-):  # the array, or {name: (shape, class)}
-    "One variable of a MATLAB file, or the list of all from their headers only. Raises `InputError`."
-    from scipy.io import loadmat, whosmat
-    try: return loadmat(path, variable_names=[name])[name] if name else {n: (shape, kind) for n, shape, kind in whosmat(path)}
-    except MemoryError: raise
-    except Exception as e: raise InputError(f"is a damaged MATLAB file ({type(e).__name__})", path, "save it again with -v7") from e
-
 # %% ../../nbs/05_formats.tables.ipynb #37040152
 IIIC_NAMES = ("seg", "seg_10sec")
 MAT_NUMBERS = ("double", "single", "int16", "int32")
@@ -342,7 +332,8 @@ def read_mat(
     kind: str,
 ) -> Raw:
     "Read an IIIC file: 20 channels, 200 Hz, uV, as `seg` or `seg_10sec`; of other files the only such table. Raises `InputError`."
-    variables = from_mat(path)
+    imaginary = check_mat(path)
+    variables = {n: (shape, "complex" if n in imaginary else kind) for n, (shape, kind) in from_mat(path).items()}
     if variables.get("EEG", ((), ""))[1] == "struct" or {"data", "srate", "chanlocs"} <= set(variables):
         from hms_brain.formats.mne import read_mne
         return read_mne(path, request, "eeglab")
