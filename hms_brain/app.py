@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import hms_brain
 from .bundle import Bundle, default_bundle
-from .core import CHANNELS, EKG, NOTICE, InputError, get_settings, keep_to_one_core
+from .core import CHANNELS, EKG, NOTICE, InputError, get_settings
 from .events import burden
 from .formats.sandbox import sniff
 from .pages import Reader, labels_of, open_reader
@@ -375,7 +375,6 @@ def serve_app(
     sessions = Sessions()
     try:
         app = create_app(sessions)
-        keep_to_one_core()  # each piece of work; there are several
         tell(f"http://{'[::1]' if host == '::1' else host}:{port}")
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn hands the signal on when it is done: then the files go
         uvicorn.run(app, host=host, port=port, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=3)

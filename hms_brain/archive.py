@@ -18,7 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from .bundle import default_bundle
-from .core import NOTICE, InputError, get_settings, read_json, write_json
+from .core import NOTICE, InputError, get_settings, read_json, with_progress, write_json
 from .predict import Predictor
 from .records import keyed_hash
 from .scan_files import write_scan
@@ -121,7 +121,6 @@ def scan_archive(
     **reading,  # channel_map, unit: see `read_recording`
 ) -> dict:  # the ledger: recordings, counts
     "Scan all recordings of an archive. Raises `InputError` for an empty one, or a folder that was made with another model or step."
-    from tqdm.auto import tqdm
     out, chosen, found = Path(out).absolute(), str(Path(bundle or default_bundle()).absolute()), list_recordings(source)
     terms: dict = {"bundle": predictor_of(chosen).bundle.identity(), "step": step, "format": 1}
     ledger: dict = read_json(out / ARCHIVE) if (out / ARCHIVE).is_file() else terms | {"recordings": {}, "notice": NOTICE}
@@ -136,7 +135,7 @@ def scan_archive(
     results = ((j, *attempt(j | {"threads": None})) for j in jobs) if alone else spread(work, jobs, cluster, workers) if jobs else iter(())
     def record(): write_json(out / ARCHIVE, ledger | {"counts": {s: Counter(e["state"] for e in entries.values())[s] for s in ("done", "set_aside", "waiting")}})
     record()
-    for job, result, error in tqdm(results, total=len(jobs), desc="recordings", disable=not progress):
+    for job, result, error in with_progress(results, len(jobs), "recordings" if progress else ""):
         entries[job["name"]] = called(job["name"]) | (result or fault(error, job["path"]))
         record()
     return read_json(out / ARCHIVE)

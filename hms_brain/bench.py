@@ -160,7 +160,7 @@ def part_rows(
     x, clean = predictor.inputs(short), bandpass(minutes.eeg, *BAND, FS)
     return [row("read a 50-s parquet, checked", lambda: read_recording(file, sandbox=False), lambda: pd.read_parquet(file), "pandas.read_parquet"),
             row("regional spectrogram, 10 min (goal 10 x)", lambda: regional_spectrogram(clean, band=None), lambda: loop_regions(clean, True), "a loop over windows, equal to 1e-5"),
-            row("the same with the band-pass", lambda: regional_spectrogram(minutes.eeg), lambda: loop_regions(minutes.eeg), "one thread for it, and the loop"),
+            row("the same with the band-pass", lambda: regional_spectrogram(minutes.eeg), lambda: loop_regions(minutes.eeg), "band-pass, then the loop"),
             row("the same with the band-pass", lambda: regional_spectrogram(minutes.eeg), lambda: mne_regions(minutes.eeg), "MNE filter and multitaper"),
             row("preprocess a window of 50 s", lambda: predictor.inputs(short), lambda: mne_preprocess(short.eeg), "MNE filter, notch, resample"),
             row("preprocess a window with 10 min around it", lambda: predictor.inputs(minutes)),
@@ -202,10 +202,10 @@ async def load(
     seconds: float,  # how long new requests are made
     body: bytes,
     kind: str,  # content type
-) -> dict:  # statuses (Counter), times of answers (s), health (s)
+) -> dict:  # statuses (Counter), times of answers (s), health (s), pauses that were asked for (s)
     "Ask a service from many clients at once."
     import httpx
-    statuses, times, looks, end = Counter[str](), list[float](), list[float](), time.perf_counter() + seconds
+    statuses, times, looks, pauses, end = Counter[str](), list[float](), list[float](), list[float](), time.perf_counter() + seconds
     async with httpx.AsyncClient(base_url=url, timeout=120, limits=httpx.Limits(max_connections=None), trust_env=False) as http:
         async def ask():
             while (begin := time.perf_counter()) < end:
@@ -215,14 +215,16 @@ async def load(
                     continue
                 statuses[str(answer.status_code)] += 1
                 if answer.status_code == 200: times.append(time.perf_counter() - begin)
-                elif "retry-after" in answer.headers: await asyncio.sleep(float(answer.headers["retry-after"]))
+                elif "retry-after" in answer.headers:
+                    pauses.append(float(answer.headers["retry-after"]))
+                    await asyncio.sleep(pauses[-1])
         async def look():
             while (begin := time.perf_counter()) < end:
                 with suppress(httpx.HTTPError): await http.get("/health")
                 looks.append(time.perf_counter() - begin)
                 await asyncio.sleep(0.05)
         await asyncio.gather(look(), *(ask() for _ in range(clients)))
-    return {"statuses": statuses, "times": times, "health": looks}
+    return {"statuses": statuses, "times": times, "health": looks, "pauses": pauses}
 
 # %% ../nbs/87_bench.ipynb #807b9c95
 def load_row(

@@ -26,7 +26,7 @@ import numpy as np
 from .core import CLASSES, FS, NOTICE, InputError, find_root, get_settings
 from .models.core import SHARED_S, without_weights
 from .preprocess import Preprocess
-from .runs import command_of, now, versions
+from .runs import now, versions
 from .runtime import ANSWER, FRAMES, MEND, PARITY, SHAPES, check_onnx, measure_parity, open_session, run_batches, to_halves, to_onnx
 from .scaling import Scaling
 from .uncertainty import FeatureSpace, Uncertainty, fit_held_out, pack_uncertainty, unpack_uncertainty
@@ -280,7 +280,7 @@ def describe_parts(
     "The trainings that a model's parts come from. Raises `InputError` where one of them is gone."
     from hms_brain.train import Run
     runs = [Run.load(folder) for folder in (settings["weights"].values() if isinstance(settings.get("weights"), dict) else ()) if Path(folder).is_dir()]  # a fusion's
-    return [{"model": r.recipe.model, "command": command_of(r.info), "recipe": r.info["recipe"], "seconds": r.info.get("seconds"),
+    return [{"model": r.recipe.model, "command": r.info.get("command", ""), "recipe": r.info["recipe"], "seconds": r.info.get("seconds"),
              "weights_sha256": r.metrics["weights_sha256"], "val_kl": r.metrics["val_kl"]} for r in runs]
 
 # %% ../nbs/70_bundle.ipynb #94d9c8f2
@@ -296,7 +296,7 @@ def make_card(
     origin = {True: "Trained on simulated EEG, research use only.", False: "Trained on recorded EEG, research use only."}.get(simulated, "The origin of the training data is not recorded; research use only.")
     data = {k: v for k, v in record["data"].items() if isinstance(v, str | int | float | bool)}
     return {"statement": origin, "notice": NOTICE, "simulated": simulated, "models": [record["recipe"]["model"], *(p["model"] for p in parts)], "parts": list(parts), "looks": list(looks), "data": data, "metrics": metrics, "recipe": record["recipe"],
-            "command": command_of(record), "seed": record["seed"], "trained": record.get("started"), "seconds": record.get("seconds"), "versions": record.get("versions", {}), "parity": parity}
+            "command": record.get("command", ""), "seed": record["seed"], "trained": record.get("started"), "seconds": record.get("seconds"), "versions": record.get("versions", {}), "parity": parity}
 
 # %% ../nbs/70_bundle.ipynb #91c03018
 def card_text(card: dict, name: str) -> str:  # Markdown

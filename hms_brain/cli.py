@@ -332,6 +332,7 @@ root.__doc__ = app.info.help
 
 def main():
     "Entry point of `hms`."
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before numpy is loaded: commands share out the cores themselves
     try: app()
     except InputError as e:
         say(f"hms: {e}")

@@ -9,7 +9,6 @@ __all__ = ['app', 'FileArg', 'JsonOption', 'say', 'print_json', 'print_table', '
 
 # %% ../nbs/89_console.ipynb #e08d17f3
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -19,7 +18,6 @@ import typer
 from .core import NOTICE, InputError
 
 # %% ../nbs/89_console.ipynb #742374f1
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before numpy is loaded: commands share out the cores themselves
 app = typer.Typer(name="hms", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
                   help=f"A workbench for harmful brain activity in critical-care EEG. {NOTICE}")
 FileArg = Annotated[Path, typer.Argument(help="a recording in any readable format")]

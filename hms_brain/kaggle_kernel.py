@@ -24,7 +24,7 @@ import pandas as pd
 
 from .bundle import Bundle, MANIFEST, default_bundle, read_bundle_files
 from .catalog import OFFSETS, TEST_COLUMNS, ask_kaggle, check_columns, label_runs, read_table, read_test, read_train, submission_table
-from .core import CONTEXT_S, FS, NOTICE, VOTE_COLUMNS, WINDOW_S, InputError, atomic_path, get_settings, read_json, sha256_file, write_json
+from .core import CONTEXT_S, FS, NOTICE, VOTE_COLUMNS, WINDOW_S, InputError, atomic_path, get_settings, read_json, sha256_file, with_progress, write_json
 from .metrics import match_answers
 from .predict import Predictor, as_votes
 from .records import read_context, read_recording
@@ -52,10 +52,9 @@ def answer_test(
     predictor: Predictor | None = None,  # default: the packaged bundle
 ) -> tuple[pd.DataFrame, list[str]]:  # a submission; what could not be used
     "Answer every row of a test set. Raises `InputError` when not one EEG can be used."
-    from tqdm.auto import tqdm
     data, predictor = Path(data), predictor or Predictor()
     rows = read_test(data).to_dict("records")
-    answers, notes, usable = zip(*(answer_row(data, row, predictor) for row in tqdm(rows, desc="answer", mininterval=5.0, disable=len(rows) < 100)))
+    answers, notes, usable = zip(*(answer_row(data, row, predictor) for row in with_progress(rows, len(rows), "answer" if len(rows) >= 100 else "")))
     told = [note for part in notes for note in part]
     if not any(usable): raise InputError(f"not one EEG could be used; {told[-1]}", str(data), "check test_eegs")
     return submission_table([row["eeg_id"] for row in rows], [list(a.values()) for a in answers]), told

@@ -7,7 +7,7 @@ Docs: https://hms-brain.github.io/hms_brain/runs.html.md"""
 # %% auto #0
 __all__ = ['INSTEAD', 'new_run_dir', 'now', 'versions', 'update_run', 'record_run', 'process_alive', 'read_run', 'newest_run',
            'list_pipelines', 'find_pipeline', 'Parameter', 'pipeline_parameters', 'parse_parameters', 'run_folder',
-           'as_typed', 'command_of', 'RunFailed', 'environment', 'run_pipeline', 'execute_notebook']
+           'as_typed', 'RunFailed', 'environment', 'run_pipeline', 'execute_notebook']
 
 # %% ../nbs/08_runs.ipynb #a6815813
 import ast
@@ -196,10 +196,6 @@ def as_typed(command: str, values: dict) -> str:
         path = Path(str(value))
         return path.name if path.is_absolute() or ".." in path.parts else str(value)
     return " ".join(["hms", command, *(f"-p {k}={shlex.quote(kept(v))}" for k, v in values.items() if k not in ("out", "run"))])
-
-def command_of(record: dict) -> str:  # run.json
-    "What was typed to start a run; empty where nobody knows."
-    return as_typed(record["pipeline"], record["parameters"]) if "pipeline" in record else record.get("command", "")
 
 INSTEAD = {"evaluate": "table", "explain": "bundle"}  # pipeline -> the parameter that makes a run unnecessary
 

@@ -1,5 +1,6 @@
 """The command line as users meet it: a real process, its output and its exit code."""
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -138,3 +139,11 @@ def test_every_pipeline_is_a_command():
     from hms_brain.runs import list_pipelines
 
     assert sorted(PIPELINES) == sorted(list_pipelines())
+
+
+def test_commands_keep_linear_algebra_to_one_thread():
+    "Unless somebody says otherwise; a notebook that imports the module is left alone."
+    code = "import os, sys, hms_brain.cli as c; assert 'OMP_NUM_THREADS' not in os.environ or os.environ['OMP_NUM_THREADS'] == '3', 'at import'; sys.argv = ['hms', '--version']; import contextlib\nwith contextlib.suppress(SystemExit): c.main()\nimport numpy, scipy.linalg; from threadpoolctl import threadpool_info; print({p['num_threads'] for p in threadpool_info()})"
+    clean = {k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
+    done = lambda **env: subprocess.run([sys.executable, "-c", code], env=clean | env, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
+    assert done() == "{1}" and done(OMP_NUM_THREADS="3") != "{1}"

@@ -1,11 +1,10 @@
 """A signal at the edge has one outcome, whichever way it comes in: refused, abstained or flagged."""
-import io
 import json
 
 import numpy as np
 import pandas as pd
 import pytest
-from fastapi.testclient import TestClient
+from test_service import client, eeg, npy  # noqa: F401  fixtures
 from typer.testing import CliRunner
 
 from hms_brain.cli import app
@@ -14,27 +13,13 @@ from hms_brain.pages import open_reader
 from hms_brain.predict import Predictor
 from hms_brain.records import from_arrays
 from hms_brain.scan import scan_file
-from hms_brain.service.tokens import Terms
-from hms_brain.service.web import NPY, create_app
+from hms_brain.service.web import NPY
 from hms_brain.session import Session, predict_at, scan_session
-from hms_brain.simulate import simulate_recording
 
 TIME = np.arange(10_000)
 EDGES = {"sound": lambda x: x, "flat": lambda x: x * 0, "missing": lambda x: x * np.nan, "volts": lambda x: x * 1e-6, "five dead": lambda x: np.where(np.arange(19)[:, None] < 5, 0, x),
          "gap": lambda x: np.where(TIME < 600, np.nan, x), "half missing": lambda x: np.where(TIME < 5000, np.nan, x), "mains": lambda x: x + 400 * np.sin(2 * np.pi * 60 / 200 * TIME),
          "noise": lambda x: np.random.default_rng(0).normal(0, 30, x.shape), "infinite": lambda x: np.where(TIME == 5, np.inf, x), "impossible": lambda x: x * 1e5, "clipped": lambda x: np.clip(x, -3, 3), "one second": lambda x: x[:, :200]}
-
-
-@pytest.fixture(scope="module")
-def eeg():
-    "50 s at 200 Hz without a gap."
-    return np.nan_to_num(simulate_recording(seed=3, pattern="lpd", duration=50).eeg)
-
-
-@pytest.fixture(scope="module")
-def client(tmp_path_factory):
-    service = create_app(Terms(rate=1e6), threads=1, jobs=tmp_path_factory.mktemp("jobs"))
-    with TestClient(service, base_url="http://127.0.0.1", raise_server_exceptions=False) as client: yield client
 
 
 def outcome(p, reasons, kinds):
@@ -51,15 +36,13 @@ def row(row):
     return outcome([row[c] for c in CLASSES], row["reasons"].split("; ") if row["reasons"] else [], row["quality"].split())
 
 
-def by_service(client, x):
+def by_service(ask, x):
     "Array, JSON and batch."
-    buffer = io.BytesIO()
-    np.save(buffer, x)
-    yield client.post("/predict", content=buffer.getvalue(), headers={"content-type": NPY})
+    yield ask("/predict", content=npy(x), headers={"content-type": NPY})
     if np.isinf(x).any(): return
     sample = {"eeg_data": [[None if np.isnan(v) else v for v in row] for row in x.tolist()]}
-    yield client.post("/predict", json=sample)
-    yield client.post("/predict_batch", json={"samples": [sample]})
+    yield ask("/predict", json=sample)
+    yield ask("/predict_batch", json={"samples": [sample]})
 
 
 def by_command(file):
@@ -85,12 +68,12 @@ def by_app(file, folder):
 
 
 @pytest.mark.parametrize("name", EDGES)
-def test_one_outcome(client, eeg, tmp_path, name):
+def test_one_outcome(client, eeg, tmp_path, name):  # noqa: F811
     x, file = EDGES[name](eeg).astype(np.float32), tmp_path / "night.parquet"
     pd.DataFrame({**dict(zip(CHANNELS, x)), EKG: np.zeros(x.shape[1], np.float32)}).to_parquet(file)
     try: want = told(Predictor(threads=1)(from_arrays(x, 200, CHANNELS)).to_dict())
     except InputError: want = None
-    answers = list(by_service(client, x))
+    answers = list(by_service(client.post, x))
     if want is None:
         assert {a.status_code for a in answers} == {422}
         for way in (by_command, lambda f: by_scan(f, tmp_path / "scan"), lambda f: by_app(f, tmp_path / "app")):

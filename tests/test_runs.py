@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from hms_brain.core import InputError
-from hms_brain.runs import list_pipelines, newest_run, parse_parameters, pipeline_parameters, read_run, record_run, run_pipeline, update_run
+from hms_brain.runs import as_typed, list_pipelines, newest_run, parse_parameters, pipeline_parameters, read_run, record_run, run_pipeline, update_run
 
 
 def test_status_follows_the_block(tmp_path):
@@ -62,3 +62,9 @@ def test_unknown_names_from_python(tmp_path):
     with pytest.raises(InputError, match="unknown parameter"): run_pipeline("train", {"epoch": 1, "out": str(tmp_path / "x")})
     with pytest.raises(InputError, match="unknown pipeline"): run_pipeline("trian")
     assert not (tmp_path / "x").exists()
+
+
+def test_a_call_as_it_would_be_typed():
+    "Folders of the project are named; of other places only the end; where the outputs went, not at all."
+    said = as_typed("train", {"cache": "data/prepared/default", "data": "/home/somebody/night", "other": "../away/x", "settings": '{"a": "outputs/runs/b"}', "epochs": 2, "out": "outputs/runs/c"})
+    assert said == "hms train -p cache=data/prepared/default -p data=night -p other=x -p settings='{\"a\": \"outputs/runs/b\"}' -p epochs=2"

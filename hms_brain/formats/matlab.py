@@ -63,8 +63,10 @@ def from_mat(
     path: Path,
     name: str | None = None,  # a variable; None: what the headers declare
 ):  # the array, or {name: (shape, class)}
-    "One variable of a MATLAB file, or the list of all from their headers only. Raises `InputError`."
+    "One variable of a MATLAB file, or the list of all from their headers only. Raises `InputError`, also for complex numbers."
     from scipy.io import loadmat, whosmat
-    try: return loadmat(path, variable_names=[name])[name] if name else {n: (shape, kind) for n, shape, kind in whosmat(path)}
+    imaginary = check_mat(path)
+    if name in imaginary: raise InputError(f"its {name} is complex", path, "save the real part")
+    try: return loadmat(path, variable_names=[name])[name] if name else {n: (shape, "complex" if n in imaginary else kind) for n, shape, kind in whosmat(path)}
     except MemoryError: raise
     except Exception as e: raise InputError(f"is a damaged MATLAB file ({type(e).__name__})", path, "save it again with -v7") from e

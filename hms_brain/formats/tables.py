@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from ..core import CHANNELS, FS, HMS_COLUMNS, REGIONS, InputError
 from ..electrodes import plan_channels
-from .matlab import check_mat, from_mat
+from .matlab import from_mat
 from ..records import Issue, Raw, Request, check_decoded, span
 
 # %% ../../nbs/05_formats.tables.ipynb #b186bb10
@@ -332,8 +332,7 @@ def read_mat(
     kind: str,
 ) -> Raw:
     "Read an IIIC file: 20 channels, 200 Hz, uV, as `seg` or `seg_10sec`; of other files the only such table. Raises `InputError`."
-    imaginary = check_mat(path)
-    variables = {n: (shape, "complex" if n in imaginary else kind) for n, (shape, kind) in from_mat(path).items()}
+    variables = from_mat(path)
     if variables.get("EEG", ((), ""))[1] == "struct" or {"data", "srate", "chanlocs"} <= set(variables):
         from hms_brain.formats.mne import read_mne
         return read_mne(path, request, "eeglab")

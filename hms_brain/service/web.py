@@ -48,7 +48,7 @@ from starlette.requests import ClientDisconnect, HTTPConnection
 from .. import __version__
 from ..audit import AuditLog, log_name
 from ..runtime import BATCH
-from ..core import NOTICE, InputError, get_settings, keep_to_one_core, setting_path
+from ..core import NOTICE, InputError, get_settings, setting_path
 from ..predict import predict_file, read_around, stored_context
 from .core import MAX_SAMPLES, Answer, Answers, Batch, Sample, Window, input_problem, make_window, problem, read_array, read_batch, read_json, read_sample
 from .engine import Engine
@@ -400,7 +400,6 @@ def serve(
                             timeout_graceful_shutdown=30, limit_concurrency=1000, ws_max_size=2 << 20, ws_per_message_deflate=False)
     server = Server(config)
     server.grace = grace
-    keep_to_one_core()  # each request; there are several
     server.run(sockets=[sock])
 
 # %% ../../nbs/81_service.web.ipynb #9fe70fbf
