@@ -83,9 +83,10 @@ async function follow() {  // new rows of the scan, until it ends
   }
 }
 
-async function findEvents() {
-  events = (await (await ask(`events?threshold=${view.threshold}`)).json()).events;
-  listEvents();
+let search = 0;
+async function findEvents() {  // an answer that a later one has overtaken is dropped
+  const mine = ++search, found = (await (await ask(`events?threshold=${view.threshold}`)).json()).events;
+  if (mine === search) { events = found; listEvents(); }
 }
 
 // ---- words ----------------------------------------------------------------------------------------------------------
@@ -419,9 +420,10 @@ function step(direction) {
   if (!next) return toast(events.length ? (direction > 0 ? "no later event" : "no earlier event") : "no events above the threshold");
   setMode("page"); toEvent(next);
 }
-async function sendLabels() {
+let sending = Promise.resolve();
+function sendLabels() {  // one after the other: what was sent last is what is kept
   listLabels(); redraw();
-  try { await ask("labels", { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(labels) }); } catch (e) { toast(e.message); }
+  sending = sending.then(() => ask("labels", { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(labels) })).catch(e => toast(e.message));
 }
 function label(k) {
   if (view.mode !== "page") return toast("labels belong to a page: press Enter");
