@@ -76,7 +76,7 @@ def evolution(
 
 # %% ../nbs/14_simset.ipynb #b3735b7b
 MIXUP = np.array([[.86, .04, .06, .02, .00, .02], [.01, .95, .00, .03, .00, .01], [.02, .00, .95, .00, .00, .03],
-                  [.00, .07, .00, .67, .02, .24], [.00, .00, .00, .00, .75, .25], [.00, .01, .01, .02, .03, .93]])  # called (column) given the rule (row)
+                  [.00, .08, .00, .63, .02, .27], [.00, .00, .00, .00, .71, .29], [.00, .01, .01, .02, .03, .93]])  # called (column) given the rule (row)
 
 def logistic(x):
     "1 / (1 + exp(-x)), without overflow."
@@ -96,7 +96,7 @@ def call_probabilities(
 
 # %% ../nbs/14_simset.ipynb #ce5464f0
 AMBIGUITY = 0.9  # SD of what all raters of a segment see and the rules do not, in logits
-CERTAINTY = {"1-2": 1.4, "3-9": 2.2, ">=10": 1.05}  # segments shown to few were chosen because they were plain
+CERTAINTY = {"1-2": 1.4, "3-9": 2.2, ">=10": 1.1}  # segments shown to few were chosen because they were plain
 RATER_SD = np.array([.45, .38, .37, .70, .80, .68])  # of a rater's bias per class, in logits
 
 @lru_cache(maxsize=4)
