@@ -28,7 +28,7 @@ from hms_brain.scan_files import write_annotated, write_bids, write_scan, write_
 from hms_brain.report import Page, Section, write_page
 from hms_brain.results import write_archive
 from hms_brain.runs import record_run, update_run
-from hms_brain.scan import FORMAT, Piece, Scan, keep_block
+from hms_brain.scan import Piece, Scan, keep_block
 from hms_brain.service.jobs import Ledger
 from hms_brain.simset import simulate_dataset
 from hms_brain.simulate import simulate_recording
@@ -106,7 +106,7 @@ def made(tmp_path_factory):
         (folder / f"z{k}").mkdir()
         (folder / f"z{k}/a.bin").write_bytes(np.random.default_rng(k).bytes(50_000))
     prediction, read = predict_file(folder / "a.edf", Predictor(threads=1))
-    about = {"format": FORMAT, "state": "done", "step": 2.0, "gaps": [], "bundle": prediction.bundle, "recording": {"id": "1" * 16, "duration": 550.0, "reference": "referential", "channel_map": {}, "issues": []}}
+    about = {"format": 1, "state": "done", "step": 2.0, "gaps": [], "bundle": prediction.bundle, "recording": {"id": "1" * 16, "duration": 550.0, "reference": "referential", "channel_map": {}, "issues": []}}
     scan = Scan(about, table_of(np.r_[np.zeros(100), np.full(50, 0.9), np.zeros(100)]))
     return {"folder": folder, "prediction": prediction, "recording": read, "scan": scan, "events": find_events(scan.table, scan.step)}
 

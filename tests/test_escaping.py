@@ -10,7 +10,7 @@ from hms_brain.core import CLASSES, NOTICE
 from hms_brain.score_plots import plot_history
 from hms_brain.predict import Prediction
 from hms_brain.records import Issue
-from hms_brain.scan import FORMAT, Scan
+from hms_brain.scan import Scan
 from hms_brain.simulate import simulate_recording
 
 PAYLOADS = ("<script>hit()</script>", "<img src=x onerror=hit()>", "<svg onload=hit()>", '"><img src=x onerror=hit()>', "'><svg onload=hit()>", "</script><script>hit()</script>", "</title></style></textarea><img src=x onerror=hit()>",
@@ -23,7 +23,7 @@ def scan_of(text):
     "A scan of nine minutes, whose every word is the text."
     table = pd.DataFrame({"at": np.arange(25, 525, 2.0), **{c: 0.1 for c in CLASSES}, "predicted": "seizure", "abstained": False, "reasons": "", "quality": text}).assign(seizure=0.9)
     table.loc[200:220, ["abstained", "predicted", "reasons"]] = (True, "", text)
-    return Scan({"format": FORMAT, "state": "done", "step": 2.0, "gaps": [], "bundle": {"name": text, "sha256": text, "simulated": True}, "notice": NOTICE,
+    return Scan({"format": 1, "state": "done", "step": 2.0, "gaps": [], "bundle": {"name": text, "sha256": text, "simulated": True}, "notice": NOTICE,
                  "recording": RECORD | {"id": text, "reference": text, "issues": [{"kind": text, "detail": text, "channels": [text]}]}}, table)
 
 
