@@ -222,7 +222,7 @@ def draw_plan(
     joint = intended_prior()
     lead = leading_class(seed, patient) if r == 0 or rng.random() < LOYAL else int(rng.choice(6, p=joint.sum(0)))
     drawn = list(STRATA_PRIOR)[rng.choice(3, p=joint[:, lead] / joint[:, lead].sum())]
-    stratum = ">=10" if panel else drawn
+    stratum = ">=10" if panel else drawn  # drawn either way: the same seed gives the same patients
     clips, lead_in = draw_span(rng, short)
     centre = lead_in + WINDOW_S / 2
     duration, at = 2 * centre + float(clips[-1][-1]), float(clips[0][[0, -1]].mean()) + centre

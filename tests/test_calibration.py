@@ -51,7 +51,7 @@ def test_targets_are_consistent():
 # the simulator
 @pytest.fixture(scope="module")
 def sample():
-    return calibration_sample(patients=80, seed=0)
+    return calibration_sample(patients=36, seed=0)
 
 
 def test_most_figures_are_within_tolerance(sample):
