@@ -15,14 +15,17 @@ import hashlib
 import math
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from fractions import Fraction
 from importlib import import_module
 from numbers import Real
 from pathlib import Path
+from typing import TYPE_CHECKING
 import numpy as np
 from .core import CHANNELS, EKG, FS, InputError
 from .electrodes import ChannelPlan, clean_labels, from_differences, interpolate_electrodes, plan_channels, target_name
+if TYPE_CHECKING: from hms_brain.formats.sandbox import Decoder
 
 # %% ../nbs/01_records.ipynb #a684eb94
 ISSUE_KINDS = ("format", "header", "repaired", "truncated", "gap", "nan", "unit", "amplitude", "resampled", "duplicate",
@@ -350,14 +353,14 @@ def read_recording(
     fs: float | None = FS,  # rate wanted, Hz; None: the file's own
     channel_map: Mapping[str, str] | None = None,  # label in the file -> electrode, or "" to leave it out
     unit: str | None = None,  # what the numbers mean (uV, mV, V, nV), when the file is silent or wrong
-    sandbox: bool = True,  # decode in a limited child process; False for files that you wrote yourself
+    sandbox: "bool | Decoder" = True,  # decode in a limited child process; False for files that you wrote yourself; a child that reads several parts
 ) -> Recording:
     "Read an EEG of any format, or a part of it. Raises `InputError` of one line for everything that cannot be used."
     request = Request(start, duration, fs, dict(channel_map) if channel_map else None, unit)
     path, door = Path(path), import_module("hms_brain.formats.sandbox")
     door.sniff(path)
     if not sandbox: return door.decode(path, request)
-    reply, arrays = door.run_child(path, "recording", asdict(request))
+    with nullcontext(sandbox) if callable(sandbox) else door.Decoder(path) as child: reply, arrays = child("recording", asdict(request))
     reply["issues"] = tuple(Issue(**{**i, "channels": tuple(i.get("channels", ()))}) for i in reply["issues"])
     return Recording(arrays["signal"], **{**reply, "channels": tuple(reply["channels"])})
 
@@ -371,5 +374,5 @@ def read_context(
     path, door = Path(path), import_module("hms_brain.formats.sandbox")
     door.sniff(path)
     if not sandbox: return door.decode_context(path)
-    _, arrays = door.run_child(path, "context", {})
+    with door.Decoder(path) as child: _, arrays = child("context", {})
     return arrays["times"], arrays["power"]

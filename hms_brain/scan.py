@@ -7,8 +7,8 @@ Docs: https://hms-brain.github.io/hms_brain/scan.html.md"""
 # %% auto #0
 __all__ = ['BLOCK_S', 'MIN_STEP', 'DENSE_S', 'LONG_S', 'SMALL_S', 'SHARED', 'HALO', 'FORMAT', 'LEDGER', 'TABLE', 'BLOCKS', 'Plan',
            'plan_scan', 'Piece', 'read_span', 'read_pieces', 'ahead', 'answer_each', 'answer_shared', 'answer',
-           'shares', 'make_stretch', 'answer_block', 'Scan', 'describe_scan', 'open_ledger', 'scan_file', 'keep_block',
-           'finish']
+           'shares', 'make_stretch', 'answer_block', 'Scan', 'describe_scan', 'open_ledger', 'scan_blocks', 'scan_file',
+           'keep_block', 'finish']
 
 # %% ../nbs/72_scan.ipynb #8b397444
 import os
@@ -23,6 +23,7 @@ import numpy as np
 
 from .bundle import HALO_S, share_frames
 from .core import CLASSES, CONTEXT_S, FS, NOTICE, WINDOW_S, InputError, atomic_path, get_settings, read_json, sha256_file, write_json
+from .formats.sandbox import Decoder, sniff
 from .predict import Predictor, as_votes
 from .models.core import SHARED_S
 from .preprocess import MARGIN_S, N_WINDOW, Stretch, fine_panels, noticed, window_image, window_start
@@ -78,7 +79,7 @@ def read_span(
     path: Path,
     a: int,  # first sample of the recording at 200 Hz
     b: int,  # last, excluded
-    **reading,  # channel_map, unit: see `read_recording`
+    **reading,  # sandbox, channel_map, unit: see `read_recording`
 ) -> Piece:
     "Read a part; what cannot be read is missing, and said."
     try: r = read_recording(path, start=a / FS, duration=(b - a) / FS, **reading)
@@ -96,10 +97,9 @@ def read_span(
 def read_pieces(
     path: Path,
     spans: Sequence[tuple[int, int]],  # samples, in rising order
-    **reading,  # channel_map, unit
+    **reading,  # sandbox, channel_map, unit
 ) -> Iterator[Piece]:
     "The parts one after the other; formats that are decoded from their beginning are decoded rarely."
-    from hms_brain.formats.sandbox import sniff
     further = 0 if sniff(path) in ("edf", "bdf") else int(LONG_S * FS)
     held: Piece | None = None
     for a, b in spans:
@@ -236,10 +236,11 @@ def describe_scan(
     step: float,  # s
     block: float,  # s
     reading: dict,  # channel_map, unit
+    child: Decoder,  # that reads the file
 ) -> dict:  # a new ledger
     "Look into a recording and say what will be done. Raises `InputError` when nothing of it can be read."
-    try: r: Recording = read_recording(path, duration=SMALL_S, **reading)
-    except InputError: r = read_recording(path, start=0, duration=SMALL_S, **reading)
+    try: r: Recording = read_recording(path, duration=SMALL_S, sandbox=child, **reading)
+    except InputError: r = read_recording(path, start=0, duration=SMALL_S, sandbox=child, **reading)
     issues = [i.to_dict() for i in r.issues if i.kind not in ("gap", "nan")]
     return {"format": FORMAT, "state": "running", "recording": {"id": r.id, "duration": r.file_duration, "reference": r.reference, "channel_map": r.channel_map, "issues": issues},
             "bundle": predictor.bundle.identity(), "step": step, "block": block, "reading": reading, "gaps": [], "blocks": {}, "notice": NOTICE}
@@ -262,6 +263,33 @@ def open_ledger(
     return kept
 
 # %% ../nbs/72_scan.ipynb #7ed1df0d
+def scan_blocks(
+    path: Path,  # the recording
+    out: Path,  # the scan's folder
+    ledger: dict,  # is filled
+    predictor: Predictor,
+    threads: int,
+    progress: bool,  # a bar with the time left, on standard error
+    child: Decoder,  # that reads the file
+):
+    "Classify the blocks that a ledger lacks. Raises `InputError`; a KeyboardInterrupt says what is kept."
+    from threadpoolctl import threadpool_limits
+    from tqdm.auto import tqdm
+    plan = plan_scan(ledger["recording"]["duration"], ledger["step"], ledger["block"])
+    left = [k for k in range(len(plan.blocks)) if str(k) not in ledger["blocks"]]
+    bar = tqdm(total=len(plan.firsts), initial=sum(s.stop - s.start for k, s in enumerate(plan.blocks) if k not in left), desc="scan", unit=" windows", disable=not progress, mininterval=0.5)
+    around = CONTEXT_S if "image" in predictor.bundle.inputs else WINDOW_S
+    with threadpool_limits(1), bar, ThreadPoolExecutor(threads) as pool:
+        try:
+            belt = ahead if threads > 1 else iter  # one thread is one thread: in an archive the other cores have work of their own
+            pieces = belt(read_pieces(path, [plan.span(plan.blocks[k], around) for k in left], sandbox=child, **ledger["reading"]))
+            for k, (piece, stretch) in zip(left, belt((piece, make_stretch(predictor, piece, plan.firsts[plan.blocks[k]])) for k, piece in zip(left, pieces))):
+                if piece.id not in ("", ledger["recording"]["id"]): raise InputError("has changed since the scan began", path, "scan it again into another folder")
+                table = answer_block(predictor, piece, plan.firsts[plan.blocks[k]], plan.n_times, pool, lambda new: bar.update(len(new)), stretch)
+                keep_block(out, ledger, k, table, piece)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"interrupted; {len(ledger['blocks'])} of {len(plan.blocks)} blocks are kept in {out}: the same command goes on from there") from None
+
 def scan_file(
     path: str | os.PathLike,  # a recording in any readable format
     out: str | os.PathLike,  # a folder; what a scan of the same left there is taken up
@@ -273,27 +301,13 @@ def scan_file(
     **reading,  # channel_map, unit: see `read_recording`
 ) -> Scan:
     "Classify a whole recording. Raises `InputError`; a KeyboardInterrupt says what is kept."
-    from threadpoolctl import threadpool_limits
-    from tqdm.auto import tqdm
     path, out = Path(path), Path(out)
-    predictor = Predictor(predictor.bundle if predictor else None, threads=1)
-    ledger = open_ledger(out, describe_scan(path, predictor, step, block, {k: v for k, v in reading.items() if v}))
-    if ledger["state"] == "done": return Scan.load(out)
-    plan = plan_scan(ledger["recording"]["duration"], step, block)
-    left = [k for k in range(len(plan.blocks)) if str(k) not in ledger["blocks"]]
-    write_json(out / LEDGER, ledger)
-    bar = tqdm(total=len(plan.firsts), initial=sum(s.stop - s.start for k, s in enumerate(plan.blocks) if k not in left), desc="scan", unit=" windows", disable=not progress, mininterval=0.5)
-    workers, around = threads or get_settings().system.threads, CONTEXT_S if "image" in predictor.bundle.inputs else WINDOW_S
-    with threadpool_limits(1), bar, ThreadPoolExecutor(workers) as pool:
-        try:
-            belt = ahead if workers > 1 else iter  # one thread is one thread: in an archive the other cores have work of their own
-            pieces = belt(read_pieces(path, [plan.span(plan.blocks[k], around) for k in left], **reading))
-            for k, (piece, stretch) in zip(left, belt((piece, make_stretch(predictor, piece, plan.firsts[plan.blocks[k]])) for k, piece in zip(left, pieces))):
-                if piece.id not in ("", ledger["recording"]["id"]): raise InputError("has changed since the scan began", path, "scan it again into another folder")
-                table = answer_block(predictor, piece, plan.firsts[plan.blocks[k]], plan.n_times, pool, lambda new: bar.update(len(new)), stretch)
-                keep_block(out, ledger, k, table, piece)
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(f"interrupted; {len(ledger['blocks'])} of {len(plan.blocks)} blocks are kept in {out}: the same command goes on from there") from None
+    with Decoder(path) as child:
+        predictor = Predictor(predictor.bundle if predictor else None, threads=1)
+        ledger = open_ledger(out, describe_scan(path, predictor, step, block, {k: v for k, v in reading.items() if v}, child))
+        if ledger["state"] == "done": return Scan.load(out)
+        write_json(out / LEDGER, ledger)
+        scan_blocks(path, out, ledger, predictor, threads or get_settings().system.threads, progress, child)
     return finish(out, ledger)
 
 # %% ../nbs/72_scan.ipynb #9df38fc5

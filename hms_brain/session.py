@@ -32,6 +32,7 @@ from .predict import Prediction, Predictor
 from .preprocess import MARGIN_S
 from .records import Recording
 from .scan_files import levels
+from .formats.sandbox import Decoder
 from .scan import BLOCK_S, Scan, ahead, answer_block, describe_scan, plan_scan, read_pieces
 
 if TYPE_CHECKING:
@@ -147,10 +148,10 @@ def read_through(
     from threadpoolctl import threadpool_limits
     reader, plan = session.reader, session.plan
     session.predictor = predictor = session.predictor or Predictor(threads=1).warm()
-    session.about = describe_scan(reader.path, predictor, session.step, BLOCK_S, reader.reading)
-    session.began, asked = time.monotonic(), Remembering(session, predictor)
-    pieces = ahead(read_pieces(reader.path, [plan.span(b) for b in plan.blocks], **reader.reading))
-    with threadpool_limits(1), ThreadPoolExecutor(get_settings().system.threads) as pool:
+    with Decoder(reader.path) as child, threadpool_limits(1), ThreadPoolExecutor(get_settings().system.threads) as pool:
+        session.about = describe_scan(reader.path, predictor, session.step, BLOCK_S, reader.reading, child)
+        session.began, asked = time.monotonic(), Remembering(session, predictor)
+        pieces = ahead(read_pieces(reader.path, [plan.span(b) for b in plan.blocks], sandbox=child, **reader.reading))
         for block, piece in zip(plan.blocks, pieces): answer_block(asked, piece, plan.firsts[block], plan.n_times, pool, session.tell)
 
 

@@ -6,10 +6,10 @@ Docs: https://hms-brain.github.io/hms_brain/spectrogram.html.md"""
 
 # %% auto #0
 __all__ = ['N_FFT', 'BINS', 'FREQS', 'SPEC_WINDOW', 'SPEC_STEP', 'BAND', 'DB_LIMITS', 'ELECTRODES', 'NEGLIGIBLE', 'SIZE', 'ROWS',
-           'MISSING', 'HALF_BIN', 'ROW_EDGES', 'SHARED', 'spectrogram_columns', 'tapers', 'cut_windows', 'transform',
-           'region_power', 'regional_power', 'regional_spectrogram', 'to_table', 'regional_table', 'fine_columns',
-           'fine_spectrogram', 'overlap', 'row_weights', 'to_rows', 'draw', 'to_pixels', 'context_columns',
-           'even_columns', 'regional_image', 'SharedPanels']
+           'MISSING', 'HALF_BIN', 'ROW_EDGES', 'SHARED', 'spectrogram_columns', 'tapers', 'cut_windows', 'operator',
+           'thin', 'transform', 'transform_halves', 'region_power', 'regional_power', 'regional_spectrogram',
+           'to_table', 'regional_table', 'fine_columns', 'fine_spectrogram', 'overlap', 'row_weights', 'to_rows',
+           'draw', 'to_pixels', 'context_columns', 'even_columns', 'regional_image', 'SharedPanels']
 
 # %% ../nbs/12_spectrogram.ipynb #fc7118c5
 from collections.abc import Callable, Iterable
@@ -61,16 +61,14 @@ def cut_windows(
     return windows[..., first::steps[0], :][..., :len(starts), :] if even else windows[..., starts + left, :]
 
 # %% ../nbs/12_spectrogram.ipynb #9dbd92e2
-NEGLIGIBLE = 1e-10  # singular values of the operator, relative to the largest
+NEGLIGIBLE = 1e-10  # singular values of an operator, relative to the largest
 
-@lru_cache(maxsize=16)
-def transform(
+def operator(
     n_window: int,  # samples
     n_fft: int,  # points of the transform whose bins are meant
     bins: tuple[int, int],  # first bin, last bin + 1
-    dtype: str,  # of the signal
-) -> list[tuple[np.ndarray, np.ndarray]]:  # for the sum of the two halves and for their difference: (half, rank), (rank, 3 n_bins)
-    "Detrending, three tapers and the Fourier sums of some bins as two products of two matrices."
+) -> list[np.ndarray]:  # for the sum of a window's two halves and for their difference: (half, 3 n_bins)
+    "Detrending, three tapers and the Fourier sums of some bins."
     windows, lines = tapers(n_window)
     phase = 2 * np.pi * np.outer(np.arange(*bins), np.arange(n_window) - (n_window - 1) / 2) / n_fft
     waves = {True: np.cos(phase), False: np.sin(phase)}
@@ -79,10 +77,47 @@ def transform(
         rows = np.concatenate([w * waves[even == (k != 1)] for k, w in enumerate(windows)])  # the second taper is odd
         rows = (rows - (rows @ lines) @ lines.T)[:, :half]
         if even and n_window % 2: rows[:, -1] /= 2  # the middle sample is in both halves
-        u, s, v = np.linalg.svd(rows.T, full_matrices=False)
-        rank = int((s > NEGLIGIBLE * s[0]).sum())
-        parts.append(((u[:, :rank] * s[:rank]).astype(dtype), v[:rank].astype(dtype)))
+        parts.append(rows.T)
     return parts
+
+def thin(matrix: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray]:  # (n, m) as (n, rank), (rank, m)
+    "A matrix as a product of two thin ones."
+    u, s, v = np.linalg.svd(matrix, full_matrices=False)
+    rank = int((s > NEGLIGIBLE * s[0]).sum())
+    return (u[:, :rank] * s[:rank]).astype(dtype), v[:rank].astype(dtype)
+
+@lru_cache(maxsize=16)
+def transform(
+    n_window: int,  # samples
+    n_fft: int,  # points of the transform whose bins are meant
+    bins: tuple[int, int],  # first bin, last bin + 1
+    dtype: str,  # of the signal
+) -> Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]:  # windows (..., n, n_window) -> two parts (..., n, 3 n_bins) whose squares are summed
+    "The operator, on windows at any place."
+    (even, from_even), (odd, from_odd) = (thin(m, dtype) for m in operator(n_window, n_fft, bins))
+    def apply(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        a, b = x[..., :len(even)], x[..., ::-1][..., :len(even)]
+        return (a + b) @ even @ from_even, (a - b) @ odd @ from_odd
+    return apply
+
+@lru_cache(maxsize=16)
+def transform_halves(
+    n_window: int,  # samples, a multiple of 4
+    n_fft: int,  # points of the transform whose bins are meant
+    bins: tuple[int, int],  # first bin, last bin + 1
+    dtype: str,  # of the signal
+) -> Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]:  # halves (..., n + 1, n_window / 2) -> as `transform`
+    "The operator, on windows that overlap by half: each half is reduced once, itself added to and subtracted from its mirror image."
+    both = np.concatenate(operator(n_window, n_fft, bins), 1)
+    quarter, n = n_window // 4, both.shape[1] // 2
+    (even, out_even), (odd, out_odd) = (thin((both[:quarter] + sign * both[::-1][:quarter]) / 2, dtype) for sign in (1, -1))
+    to_even, to_odd = (np.concatenate([out_even[:, part], out_odd[:, part]]) for part in (slice(n), slice(n, None)))
+    def apply(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        a, b = x[..., :quarter], x[..., ::-1][..., :quarter]
+        s, d = (a + b) @ even, (a - b) @ odd
+        s0, s1, d0, d1 = s[..., :-1, :], s[..., 1:, :], d[..., :-1, :], d[..., 1:, :]
+        return np.concatenate([s0 + s1, d0 - d1], -1) @ to_even, np.concatenate([s0 - s1, d0 + d1], -1) @ to_odd
+    return apply
 
 # %% ../nbs/12_spectrogram.ipynb #7e549b79
 def region_power(
@@ -95,18 +130,18 @@ def region_power(
     fs: float,  # sampling rate, Hz
 ) -> np.ndarray:  # (n_bins, n_cols) uV^2/Hz, NaN in columns without data
     "Multitaper power of one region: mean over tapers, then over the pairs that have data."
-    (even, from_even), (odd, from_odd) = transform(n_window, n_fft, bins, pairs.dtype.str)
-    half, n_bins = len(even), bins[1] - bins[0]
+    half, n_bins = n_window // 2, bins[1] - bins[0]
+    by_halves = n_window % 4 == 0 and len(starts) > 1 and (np.diff(starts) == half).all()
+    parts = (transform_halves if by_halves else transform)(n_window, n_fft, bins, pairs.dtype.str)
     block, out = max(1, (1 << 17) // n_window), np.empty((n_bins, len(starts)), pairs.dtype)
-    windows, gone = cut_windows(pairs, starts, n_window), cut_windows(missing, starts, n_window) if missing.any() else None
+    windows = cut_windows(pairs, np.append(starts, starts[-1] + half), half) if by_halves else cut_windows(pairs, starts, n_window)
+    gone = cut_windows(missing, starts, n_window) if missing.any() else None
     for i in range(0, len(starts), block):
-        x = windows[:, i:i + block]
-        a, b = x[..., :half], x[..., ::-1][..., :half]
-        power, rest = (a + b) @ even @ from_even, (a - b) @ odd @ from_odd
+        power, rest = parts(windows[:, i:i + block + by_halves])
         power *= power  # in place: no further arrays of this size
         rest *= rest
         power += rest
-        power = power.reshape(*x.shape[:2], -1, n_bins).sum(2) / (3 * fs)
+        power = power.reshape(*power.shape[:2], 3, n_bins).sum(2) / (3 * fs)
         if gone is not None:
             there = gone[:, i:i + block].mean(-1) <= 0.5
             total = np.where(there[..., None], power, 0).sum(0) / np.maximum(there.sum(0), 1).astype(power.dtype)[:, None]
