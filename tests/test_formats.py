@@ -454,6 +454,24 @@ def test_child_leaves_nothing(tmp_path, monkeypatch):
     assert list((tmp_path / "t").iterdir()) == []
 
 
+def test_one_child_reads_parts(tmp_path):
+    "Parts of a file come from one process and equal the whole; after a failure or a kill another one goes on; nothing is left."
+    whole = read_recording(path := write(tmp_path, "a.edf", edf(noise(19))), sandbox=False)
+    with door.Decoder(path) as child:
+        def same(start): assert_allclose(read_recording(path, start=start, duration=10, sandbox=child).eeg, whole.eeg[:, 200 * start:200 * start + 2000], atol=.05)
+        first = child.child.pid
+        for start in (0, 20, 40): same(start)
+        assert child.child.pid == first
+        os.kill(first, 9)
+        assert "made the decoder stop (code -9)" in refused(path, sandbox=child)
+        same(20)
+        second = child.child.pid
+        assert "lies behind the end" in refused(path, start=1000, sandbox=child) and child.child is None
+        same(0)
+        third, folder = child.child.pid, child.folder.name
+    assert len({first, second, third}) == 3 and not os.path.exists(folder) and not os.path.exists(f"/proc/{third}")
+
+
 def test_child_does_not_import_neighbours(tmp_path, monkeypatch):
     "A numpy.py beside the recording is not run."
     write(tmp_path, "numpy.py", b"raise SystemExit(7)")
