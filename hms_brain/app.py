@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import hms_brain
 from .bundle import Bundle, default_bundle
-from .core import CHANNELS, EKG, NOTICE, InputError, get_settings
+from .core import CHANNELS, EKG, LOOPBACK, NOTICE, InputError, get_settings
 from .events import burden
 from .formats.sandbox import sniff
 from .pages import Reader, labels_of, open_reader
@@ -31,7 +31,7 @@ from .plots import plot_burden
 from .scan_files import levels
 from .results import length, render, report_html, write_downloads
 from .session import Session, Sessions, begin
-from .viewer import HostGuard, viewer_app
+from .viewer import viewer_app
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -314,7 +314,7 @@ def mount_app(
     path: str = "/app",  # where
     sessions: Sessions | None = None,  # default: new ones
 ) -> Sessions:
-    "Put the page and its viewer into an application. The application brings `HostGuard` and `PagePolicy`, and closes the sessions at its end."
+    "Put the page and its viewer into an application. The application brings the guards and `PagePolicy`, and closes the sessions at its end."
     sessions = sessions or Sessions()
     uploads = sessions.root / "uploads"
     os.environ.update(GRADIO_ANALYTICS_ENABLED="False", GRADIO_TEMP_DIR=str(uploads), HF_HUB_OFFLINE="1")
@@ -329,15 +329,16 @@ def mount_app(
 # %% ../nbs/82_app.ipynb #161e39b0
 def create_app(
     sessions: Sessions | None = None,  # default: new ones
-    hosts: tuple[str, ...] | None = None,  # default: names of this machine
     path: str = "/",  # where the page is
 ) -> "FastAPI":
     "The page alone, behind its guards."
     from fastapi import FastAPI
+    from hms_brain.service.limits import check_host, check_origin
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     mount_app(app, path, sessions)
     app.add_middleware(PagePolicy)
-    app.add_middleware(HostGuard, hosts=hosts)
+    app.add_middleware(check_origin)
+    app.add_middleware(check_host, hosts=LOOPBACK)
     return app
 
 # %% ../nbs/82_app.ipynb #2612aba4
@@ -348,7 +349,7 @@ def check_app(
     from importlib.util import find_spec
     absent = [p for p in ("gradio", "uvicorn") if find_spec(p) is None]
     if absent: raise InputError(f"needs the package {absent[0]}", "hms app", "pip install 'hms_brain[app]'")
-    if host not in ("127.0.0.1", "localhost", "::1"): raise InputError(f"the app has no users and passwords: it does not listen on {host}", "--host", "use 127.0.0.1, or hms serve without it, which has tokens")
+    if host not in LOOPBACK: raise InputError(f"the app has no users and passwords: it does not listen on {host}", "--host", "use 127.0.0.1, or hms serve without it, which has tokens")
 
 @contextmanager
 def page_beside(

@@ -304,7 +304,7 @@ def card_text(card: dict, name: str) -> str:  # Markdown
     m, d = card["metrics"], card["data"]
     rows = [("Models", ", ".join(card["models"])), ("Parameters", f"{m['n_params']:,}"), ("Trained on", f"{d['train_windows']} windows of {d['train_patients']} patients"),
             ("Held out", f"{d['valid_windows']} windows of {d['valid_patients']} other patients"), ("KL, held out", f"{m['val_kl']:.4f} (constant prior {m['prior_kl']:.4f})"),
-            ("Accuracy, held out", f"{m['accuracy']:.3f}"), ("Best epoch", f"{m['best_epoch']} of {m['epochs']}"), ("Seed", card["seed"]), ("Trained", f"{card['trained']}, in {card['seconds']} s"), ("Command", f"`{card['command']}`" if card["command"] else "not recorded"),
+            ("Accuracy, held out", f"{m['accuracy']:.3f}"), ("Epoch kept", f"{m['best_epoch']} of {m['epochs']}"), ("Seed", card["seed"]), ("Trained", f"{card['trained']}, in {card['seconds']} s"), ("Command", f"`{card['command']}`" if card["command"] else "not recorded"),
             ("ONNX against torch", "largest difference of a probability " + ", ".join(f"{v:.1e} (batch {k})" for k, v in card["parity"].items()))]
     if d.get("made_by"): rows.insert(2, ("Training data", f"`{d['made_by']}`"))
     rows += [("Part", f"{p['model']}, KL held out {p['val_kl']:.4f}, {p['seconds']} s, `{p['command']}`") for p in card["parts"]]

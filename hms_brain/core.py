@@ -6,9 +6,9 @@ Docs: https://hms-brain.github.io/hms_brain/core.html.md"""
 
 # %% auto #0
 __all__ = ['CLASSES', 'CLASS_LABELS', 'VOTE_COLUMNS', 'CHANNELS', 'EKG', 'HMS_COLUMNS', 'REGIONS', 'FS', 'WINDOW_S', 'CONTEXT_S',
-           'CENTRE_S', 'NOTICE', 'DEFAULTS', 'mirror_index', 'InputError', 'find_root', 'read_ini', 'did_you_mean',
-           'get_settings', 'setting_path', 'rng_for', 'disk_reason', 'atomic_path', 'to_jsonable', 'write_json',
-           'read_json', 'sha256_file', 'Registry', 'keep_to_one_core', 'with_progress', 'parallel_map']
+           'CENTRE_S', 'NOTICE', 'LOOPBACK', 'DEFAULTS', 'mirror_index', 'InputError', 'find_root', 'read_ini',
+           'did_you_mean', 'get_settings', 'setting_path', 'rng_for', 'disk_reason', 'atomic_path', 'to_jsonable',
+           'write_json', 'read_json', 'sha256_file', 'Registry', 'keep_to_one_core', 'with_progress', 'parallel_map']
 
 # %% ../nbs/00_core.ipynb #82574faf
 import hashlib
@@ -71,6 +71,8 @@ def find_root(
     return next((p for p in (start, *start.parents) if (p / "settings.ini").is_file()), start)
 
 # %% ../nbs/00_core.ipynb #9086d0a8
+LOOPBACK = ("127.0.0.1", "localhost", "::1")  # names of this machine that no other can reach
+
 DEFAULTS: dict[str, dict[str, str | int | float]] = {
     "paths": {"data": "data", "raw": "data/raw", "prepared": "data/prepared", "simulated": "data/simulated",
               "runs": "outputs/runs", "bundles": "outputs/bundles", "reports": "outputs/reports", "jobs": "outputs/jobs", "audit": "outputs/audit"},

@@ -87,4 +87,6 @@ def main(
 
 if __name__ == "__main__" and "__file__" in globals():  # not in a notebook
     try: main()
-    except InputError as e: sys.exit(f"hms_brain.launch: {e}")
+    except InputError as e:
+        print(f"hms_brain.launch: {e}", file=sys.stderr)
+        sys.exit(2)

@@ -234,10 +234,8 @@ def draw_plan(
     timeline = simulate_timeline(rng_for(seed, "timeline", patient, r), CLASSES[lead], duration, at, clarity)
     main = period_at(timeline, at).attributes
     for k, offsets in enumerate(clips):
-        lo, hi = offsets[[0, -1]] + centre
-        here = period_at(timeline, (lo + hi) / 2).attributes
-        chosen = k and rng.random() < CHOSEN[stratum]
-        if chosen: here = again(rng, main)
+        (lo, hi), chosen = offsets[[0, -1]] + centre, k and rng.random() < CHOSEN[stratum]
+        here = again(rng, main) if chosen else period_at(timeline, (lo + hi) / 2).attributes
         if chosen or rng.random() < STEADY: timeline = plant(timeline, lo - 8, hi + 8, here)
     return Plan(lead, stratum, clips, duration, lead_in, timeline, panel)
 

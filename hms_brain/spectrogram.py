@@ -86,6 +86,7 @@ def thin(matrix: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray]:  # (n
     rank = int((s > NEGLIGIBLE * s[0]).sum())
     return (u[:, :rank] * s[:rank]).astype(dtype), v[:rank].astype(dtype)
 
+# %% ../nbs/12_spectrogram.ipynb #f62c3623
 @lru_cache(maxsize=16)
 def transform(
     n_window: int,  # samples
@@ -100,6 +101,7 @@ def transform(
         return (a + b) @ even @ from_even, (a - b) @ odd @ from_odd
     return apply
 
+# %% ../nbs/12_spectrogram.ipynb #0ef39816
 @lru_cache(maxsize=16)
 def transform_halves(
     n_window: int,  # samples, a multiple of 4

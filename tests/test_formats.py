@@ -439,7 +439,9 @@ def test_child_limits(tmp_path, monkeypatch):
         return refused(path, start=0, duration=55_000)
     try:
         assert "takes more than 1 GiB" in limited(decode_memory_gib="1")
+        began = time.monotonic()
         assert "takes more than 1 s" in limited(decode_memory_gib="4", decode_seconds="1")
+        assert time.monotonic() - began < 5  # before the child's own clock
     finally:
         monkeypatch.undo()
         get_settings.cache_clear()

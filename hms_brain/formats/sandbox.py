@@ -149,6 +149,7 @@ def decode_job(
     for name, x in zip(ARRAYS[job["task"]], arrays): np.save(f"{name}.npy", x)
     return reply
 
+# %% ../../nbs/07_formats.sandbox.ipynb #8bd1e707
 def limit_child(
     memory: int,  # bytes
     seconds: int,  # until the process is stopped; 0: never
@@ -194,6 +195,7 @@ def child_environment() -> dict[str, str]:
     return kept | {"PYTHONPATH": os.pathsep.join([home, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]), "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1",
                    "ARROW_DEFAULT_MEMORY_POOL": "system", "MNE_DONTWRITE_HOME": "true", "PYTHONUTF8": "1"}
 
+# %% ../../nbs/07_formats.sandbox.ipynb #8fa855a4
 class Decoder:
     "A child that decodes one file, or parts of it one after the other, with limits on memory and time (settings decode_memory_gib, decode_seconds). `with` ends it; one thread at a time."
     def __init__(self, path: Path):

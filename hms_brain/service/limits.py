@@ -53,12 +53,12 @@ def host_name(
 
 def check_host(
     app: ASGIApp,
-    hosts: Collection[str],  # names by which the service may be called
+    hosts: Collection[str],  # names by which the application may be called
 ) -> ASGIApp:
     "Refuse (400) a request that was meant for another name."
     async def guarded(scope: Scope, receive: Receive, send: Send):
         if scope["type"] != "lifespan" and host_name(header(scope, b"host")) not in hosts:
-            return await refuse(scope, receive, send, 400, "host", "the service does not go by this name; add it to [deployment] hosts")
+            return await refuse(scope, receive, send, 400, "host", "nothing here goes by this name; see [deployment] hosts")
         await app(scope, receive, send)
     return guarded
 
