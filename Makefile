@@ -63,7 +63,7 @@ TRAIN1  := HMS_SYSTEM_THREADS=1 $(HMS) train -p cache=data/prepared/default
 
 default-bundle: $(VENV)/.ready  ## make the packaged bundle and sample anew: simulated patients, prepare, train, export (under 3 hours)
 	rm -rf data/prepared/default outputs/runs/default outputs/runs/default-*
-	$(HMS) simulate data/simulated/default --patients 2000 --seed 0 --short 0.9 --panel 100 --even
+	$(HMS) simulate data/simulated/default --patients 2000 --seed 0 --short 0.9 --panel 100
 	$(HMS) prepare -p data=data/simulated/default -p cache=data/prepared/default -p folds=10 -p out=outputs/runs/default-prepare
 	$(TRAIN1) -p model=specnet -p epochs=8 -p recipe='$(SHIPPED)' -p out=outputs/runs/default-image & image=$$!; \
 	$(TRAIN1) -p model=resnet1d_gru -p epochs=8 -p recipe='$(SHIPPED)' -p out=outputs/runs/default-eeg && wait $$image

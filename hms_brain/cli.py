@@ -150,7 +150,6 @@ def simulate(
     recordings: Annotated[float, typer.Option(help="mean number of recordings per patient")] = 4.0,
     short: Annotated[float, typer.Option(help="share of recordings that hold one window and little more")] = 0.0,
     panel: Annotated[int, typer.Option(help="experts who vote on each window; 0: as few as in HMS")] = 0,
-    even: Annotated[bool, typer.Option("--even", help="the six classes lead equally often, instead of as in HMS")] = False,
     like: Annotated[Path | None, typer.Option(help="a train.csv: make signals for its labels instead of drawing patients")] = None,
     share: Annotated[float, typer.Option(help="with --like: share of its patients")] = 1.0,
     workers: Annotated[int | None, typer.Option(min=1, help="processes; default: [system] workers")] = None,
@@ -161,7 +160,7 @@ def simulate(
     from hms_brain.twin import simulate_like
     workers = workers or get_settings().system.workers
     if like: simulate_like(like, directory, seed=seed, workers=workers, share=share)
-    else: simulate_dataset(directory, patients=patients, seed=seed, recordings=recordings, short=short, panel=panel, even=even, workers=workers)
+    else: simulate_dataset(directory, patients=patients, seed=seed, recordings=recordings, short=short, panel=panel, workers=workers)
     print(directory)
 
 @app.command()

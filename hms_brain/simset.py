@@ -133,12 +133,10 @@ def joint_prior() -> np.ndarray:  # (3 strata, 6 classes) sums to 1
     joint = np.array([share * np.array(prior) for share, prior in STRATA_PRIOR.values()])
     return joint / joint.sum()
 
-def intended_prior(
-    even: bool = False,  # the six classes equally often
-) -> np.ndarray:  # (3 strata, 6 classes) sums to 1
-    "What to draw so that the votes come out as `joint_prior`, or evenly."
+def intended_prior() -> np.ndarray:  # (3 strata, 6 classes) sums to 1
+    "What to draw so that the votes come out as `joint_prior`."
     joint = joint_prior().sum(1, keepdims=True) * np.array(list(INTENDED.values()))
-    return joint / (6 * joint.sum(0) if even else joint.sum())
+    return joint / joint.sum()
 
 def n_recordings(rng: np.random.Generator, mean: float) -> int:
     "How many recordings a patient has: 1 to 63, most have few."
@@ -155,11 +153,10 @@ LEAD_IN = (CONTEXT_S - WINDOW_S) / 2  # s from the start of the ten minutes to t
 def leading_class(
     seed: int,  # of the data set
     patient: int,  # index
-    even: bool = False,  # the six classes equally often
 ) -> int:  # index in CLASSES
     "A patient's leading class; the golden-ratio sequence spreads the classes over the first few patients."
     u = (rng_for(seed, "classes").random() + patient * (5**.5 - 1) / 2) % 1
-    return int(min(5, np.searchsorted(intended_prior(even).sum(0).cumsum(), u)))
+    return int(min(5, np.searchsorted(intended_prior().sum(0).cumsum(), u)))
 
 def draw_clips(
     rng: np.random.Generator,
@@ -220,11 +217,10 @@ def draw_plan(
     r: int,  # which of the patient's recordings
     short: float = 0.0,  # share of recordings that are little more than one window
     panel: int = 0,  # experts who vote on a window; 0: as many as in HMS
-    even: bool = False,  # leading classes equally often, not as in HMS
 ) -> Plan:
     "Draw class, stratum, clips and timeline of a recording."
-    joint = intended_prior(even)
-    lead = leading_class(seed, patient, even) if r == 0 or rng.random() < LOYAL else int(rng.choice(6, p=joint.sum(0)))
+    joint = intended_prior()
+    lead = leading_class(seed, patient) if r == 0 or rng.random() < LOYAL else int(rng.choice(6, p=joint.sum(0)))
     drawn = list(STRATA_PRIOR)[rng.choice(3, p=joint[:, lead] / joint[:, lead].sum())]
     stratum = ">=10" if panel else drawn  # drawn either way: the same seed gives the same patients
     clips, lead_in = draw_span(rng, short)
@@ -282,7 +278,6 @@ def simulate_patient(
     recordings: float,  # mean number per patient
     short: float,  # share of recordings that are little more than one window
     panel: int,  # experts who vote on a window; 0: as many as in HMS
-    even: bool,  # leading classes equally often, not as in HMS
 ) -> Path:  # the patient's rows
     "Write one patient's EEGs, spectrograms and rows; nothing to do when the rows exist."
     done = directory / ".parts" / f"{patient:06d}.json"
@@ -290,7 +285,7 @@ def simulate_patient(
     rng = rng_for(seed, "plan", patient)
     rows: list[dict] = []
     for r in range(n_recordings(rng, recordings)):
-        rows += simulate_plan(draw_plan(rng, seed, patient, r, short, panel, even), patient, r, directory, seed, len(rows))
+        rows += simulate_plan(draw_plan(rng, seed, patient, r, short, panel), patient, r, directory, seed, len(rows))
     write_json(done, rows)
     return done
 
@@ -397,7 +392,6 @@ def simulate_dataset(
     recordings: float = 4.0,  # mean number of ten-minute recordings per patient
     short: float = 0.0,  # share of recordings that are little more than one window, instead of ten minutes
     panel: int = 0,  # experts who vote on each window; 0: as many as in HMS, mostly three
-    even: bool = False,  # the six classes lead equally often, instead of as in HMS
     n_test: int = 2,  # unlabelled test examples
     progress: bool = True,  # show a bar
 ) -> dict:  # the manifest: counts, seed, version, command
@@ -409,10 +403,10 @@ def simulate_dataset(
     if not 0 <= panel <= len(raters(seed)): raise InputError(f"a panel of {panel} experts", "panel", f"give 0 to {len(raters(seed))}")
     if not 0 <= n_test <= 5_000: raise InputError(f"{n_test} test examples", "n_test", "give 0 to 5000")
     directory = Path(directory)
-    made = {"seed": int(seed), "patients": int(patients), "recordings": float(recordings), "short": float(short), "panel": int(panel), "even": bool(even), "n_test": int(n_test), "format": FORMAT, "version": __version__}
+    made = {"seed": int(seed), "patients": int(patients), "recordings": float(recordings), "short": float(short), "panel": int(panel), "n_test": int(n_test), "format": FORMAT, "version": __version__}
     if claim_folder(directory, made): return read_json(directory / "simulated.json")
     bar = "simulate patients" if progress else ""
-    parts = list(parallel_map(partial(simulate_patient, directory=directory, seed=seed, recordings=recordings, short=short, panel=panel, even=even), range(patients), workers, bar))
+    parts = list(parallel_map(partial(simulate_patient, directory=directory, seed=seed, recordings=recordings, short=short, panel=panel), range(patients), workers, bar))
     test = list(parallel_map(partial(simulate_test, directory=directory, seed=seed), range(n_test), workers))
-    command = f"hms simulate DIR --patients {patients} --seed {seed}" + (f" --recordings {recordings:g}" if recordings != 4 else "") + (f" --short {short:g}" if short else "") + (f" --panel {panel}" if panel else "") + (" --even" if even else "")
+    command = f"hms simulate DIR --patients {patients} --seed {seed}" + (f" --recordings {recordings:g}" if recordings != 4 else "") + (f" --short {short:g}" if short else "") + (f" --panel {panel}" if panel else "")
     return finish_dataset(directory, parts, test, made, command)
