@@ -7,7 +7,9 @@ import shutil
 import stat
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 from urllib.error import URLError
 from urllib.parse import urlencode
 from urllib.request import urlopen
@@ -331,7 +333,7 @@ def test_the_steps_of_target_serve(tmp_path_factory):
     folder = tmp_path_factory.mktemp("image")
     user = 65534 if os.getuid() == 0 else os.getuid()
     for parent in (folder, *folder.parents):
-        if str(parent).startswith(str(tmp_path_factory.getbasetemp().parent)): parent.chmod(0o755)
+        if Path(tempfile.gettempdir()).resolve() in parent.resolve().parents: parent.chmod(0o755)
     as_user = {"user": user, "group": user, "extra_groups": []} if os.getuid() == 0 else {}
     def usable(python):
         try: return subprocess.run([python, "-c", "import ensurepip, sys; sys.exit(sys.version_info < (3, 11))"], **as_user).returncode == 0
