@@ -337,8 +337,8 @@ def main():
     except InputError as e:
         say(f"hms: {e}")
         sys.exit(2)
-    except (RunFailed, KeyboardInterrupt) as e:
-        say(f"hms: {e or 'interrupted'}")
+    except RunFailed as e:
+        say(f"hms: {e}")
         sys.exit(1)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -173,13 +173,34 @@ def test_killed_scan_goes_on(tmp_path, eeg, predictor):
     file, out = tmp_path / "a.edf", tmp_path / "out"
     write_edf(file, eeg)
     code = f"from hms_brain.scan import scan_file; scan_file({str(file)!r}, {str(out)!r}, step=5, block=50, threads=1)"
-    child = subprocess.Popen([sys.executable, "-c", code])
+    (temporary := tmp_path / "t").mkdir()
+    child = subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"TMPDIR": str(temporary)})
     while child.poll() is None and not list(out.glob("blocks/0000[1-9]*")): time.sleep(0.05)
+    assert list(temporary.glob("hms_decode_*"))
     child.send_signal(signal.SIGKILL)
     child.wait()
+    end = time.monotonic() + 30
+    while list(temporary.glob("hms_decode_*")) and time.monotonic() < end: time.sleep(0.05)
+    assert not list(temporary.glob("hms_decode_*"))  # nothing of the recording stays behind
     kept = set(read_json(out / "scan.json")["blocks"])
     again = scan_file(file, out, predictor, step=5, block=50, threads=1)
     assert kept and again.table["at"].tolist() == list(range(25, 396, 5)) and not list(out.glob("**/.*tmp*"))
+
+
+@pytest.mark.fault
+def test_an_interrupted_command_says_what_is_kept(tmp_path, eeg):
+    "Ctrl-C, as a terminal sends it: to the command and to its child."
+    file, out, temporary = tmp_path / "a.edf", tmp_path / "out", tmp_path / "t"
+    write_edf(file, eeg)
+    temporary.mkdir()
+    hms = subprocess.Popen([str(Path(sys.executable).parent / "hms"), "scan", str(file), "-o", str(out), "--step", "0.5"], env=os.environ | {"TMPDIR": str(temporary)},
+                           stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while hms.poll() is None and not (out / "scan.json").is_file(): time.sleep(0.02)
+    time.sleep(0.2)
+    os.killpg(hms.pid, signal.SIGINT)
+    said = hms.communicate(timeout=60)[1]
+    assert hms.returncode == 130 and "blocks are kept in" in said.splitlines()[-1] and "Traceback" not in said
+    assert not list(temporary.glob("hms_decode_*"))
 
 
 @pytest.mark.slow

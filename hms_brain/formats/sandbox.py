@@ -13,6 +13,7 @@ __all__ = ['READERS', 'SUFFIXES', 'MAGIC', 'FOREIGN', 'ARRAYS', 'register_format
 import hashlib
 import json
 import os
+import shutil
 import sys
 import tempfile
 import time
@@ -175,6 +176,7 @@ def decode_child():
         except MemoryError: reply = {"error": [f"takes more than {job['memory'] / 2**30:g} GiB to decode", None, "read a part of it: give a duration (seconds), or raise decode_memory_gib"]}
         limit_child(job["memory"], 0)
         print(json.dumps(reply), file=replies, flush=True)
+    shutil.rmtree(Path.cwd(), ignore_errors=True)  # the parent is gone and cannot
 
 # %% ../../nbs/07_formats.sandbox.ipynb #75c6068c
 def reader_modules(
@@ -237,6 +239,12 @@ class Decoder:
         except OSError: return b""  # it is gone
         finally: late.cancel()
 
+    def take(self, name: str) -> np.ndarray:
+        "What the child left; nothing of a patient stays on the disk."
+        file = Path(self.folder.name) / f"{name}.npy"
+        try: return np.load(file, allow_pickle=False)
+        finally: file.unlink()
+
     def __call__(self,
         task: str,  # a key of ARRAYS
         request: dict,  # fields of Request
@@ -246,7 +254,7 @@ class Decoder:
         job = {"path": str(path.absolute()), "task": task, "request": request, "modules": reader_modules(sniff(path), path), "memory": int(self.limits.decode_memory_gib * 2**30), "seconds": seconds}
         if (line := self.ask(job)).endswith(b"\n"):
             reply = json.loads(line)
-            if "error" not in reply: return reply, {name: np.load(Path(self.folder.name) / f"{name}.npy", allow_pickle=False) for name in ARRAYS[task]}
+            if "error" not in reply: return reply, {name: self.take(name) for name in ARRAYS[task]}
             self.stop()
             raise InputError(reply["error"][0], reply["error"][1] or path, reply["error"][2])
         code, took = self.stop(), time.monotonic() - begin
