@@ -386,10 +386,11 @@ def serve(
 @contextmanager
 def running_service(
     *words: str,  # of `hms serve`
+    log: str | os.PathLike | None = None,  # file for what it says on standard error; None: nobody wants to know
     **env: str,  # variables, e.g. HMS_SECRET
 ) -> Iterator[tuple[str, subprocess.Popen]]:  # URL, process
     "Start `hms serve` and stop it at the end. Raises RuntimeError when it does not start."
-    with tempfile.TemporaryDirectory() as folder, open(f"{folder}/stderr", "w+") as said:  # a pipe that nobody reads would stop the service when it is full
+    with tempfile.TemporaryDirectory() as folder, open(log or f"{folder}/stderr", "w+") as said:  # a pipe that nobody reads would stop the service when it is full
         command = [sys.executable, "-c", "from hms_brain.cli import main; main()", "serve", "--port", "0", *words]
         process = subprocess.Popen(command, env=os.environ | {"HMS_PATHS_JOBS": f"{folder}/jobs", "HMS_PATHS_AUDIT": f"{folder}/audit"} | env, stdout=subprocess.PIPE, stderr=said, text=True)
         assert process.stdout
