@@ -22,6 +22,7 @@ from typing import Any
 
 from .audit import AuditLog, read_log
 from .core import NOTICE, InputError, get_settings, setting_path
+from .runs import now as time_now
 
 # %% ../nbs/80_watch.ipynb #163162d1
 Samples = Mapping[tuple[str, frozenset], float]
@@ -194,8 +195,13 @@ class Watch:
         present: Samples = {("up", frozenset()): 0.0} if samples is None else samples | {("up", frozenset()): 1.0}  # type: ignore[operator]
         events = [e for rule in self.rules if (e := self.judge(rule, present, now, samples is None))]
         for event in events:
-            for failure in self.tell(event): self.log.add("undelivered", id=event["id"], error=failure)
+            for failure in self.tell(event): self.note("undelivered", id=event["id"], error=failure)
         return events
+
+    def note(self, kind: str, **facts) -> dict:
+        "A record of the log, or the same with `unwritten` where the disk refuses: a full one must not silence the alert about it."
+        try: return self.log.add(kind, **facts)
+        except InputError as e: return {"at": time_now(), "kind": kind, **facts, "unwritten": f"{e.what}: this is not in the history"}
 
     def judge(self, rule: Rule, present: Samples, now: float, silent: bool) -> dict | None:
         "What one rule has to say at one look."
@@ -205,11 +211,11 @@ class Watch:
         if not rule.broken(value):
             self.since.pop(rule.name, None)
             if rule.name not in self.firing: return None
-            return self.log.add("ended", id=self.firing.pop(rule.name), rule=rule.name, severity=rule.severity)
+            return self.note("ended", id=self.firing.pop(rule.name), rule=rule.name, severity=rule.severity)
         began = self.since.setdefault(rule.name, now)
         if rule.name in self.firing or now - began < rule.hold: return None
         self.firing[rule.name] = f"{rule.name}-{time.time_ns() // 1_000_000:x}"
-        return self.log.add("fired", id=self.firing[rule.name], rule=rule.name, severity=rule.severity, value=value, limit=rule.limit, words=rule.words, notice=NOTICE)
+        return self.note("fired", id=self.firing[rule.name], rule=rule.name, severity=rule.severity, value=value, limit=rule.limit, words=rule.words, notice=NOTICE)
 
 # %% ../nbs/80_watch.ipynb #8adeabab
 def alerts(
@@ -342,6 +348,6 @@ def run_watch(
     "Look at a service's metrics again and again, and deliver what its rules say."
     watch = Watch(log, tell=deliver(channels()))
     while looks is None or looks > 0:
-        for event in watch.look(fetch_samples(url, token)): say(f"{event['at']} {event['kind']} {event['rule']} {event.get('value', '')}".rstrip())
+        for event in watch.look(fetch_samples(url, token)): say(" ".join(f"{event['at']} {event['kind']} {event['rule']} {event.get('value', '')} {event.get('unwritten', '')}".split()))
         looks = None if looks is None else looks - 1
         if looks != 0: time.sleep(every)

@@ -325,6 +325,26 @@ def test_from_metrics_to_history(tmp_path, hook):
     assert verify_log(tmp_path / "alerts.jsonl")[0] == 3
 
 
+def test_a_full_disk_does_not_silence_the_alert_about_it(tmp_path, hook, monkeypatch, capsys):
+    "The history cannot be written: the alert leaves all the same and says so, and the watch goes on."
+    log, metrics, url = AuditLog(tmp_path / "alerts.jsonl"), Metrics(), f"http://127.0.0.1:{hook.server_port}/"
+    metrics.ready.set(1)
+    metrics.disk.labels("jobs").set(2**20)
+    monkeypatch.setattr(watch, "fetch_samples", lambda *_: watch.read_samples(metrics.text().decode()))
+    monkeypatch.setattr(watch, "channels", lambda: {"webhook": lambda e: watch.send_webhook(url, e), "pager": lambda e: 1 / 0})
+    monkeypatch.setattr(watch, "deliver", lambda channels, deliver=watch.deliver: deliver(channels, wait=0))
+    monkeypatch.setattr(watch, "RULES", [dataclasses.replace(r, hold=0) for r in watch.RULES])
+    monkeypatch.setattr(watch.Watch.__init__, "__defaults__", (watch.RULES, watch.Watch.__init__.__defaults__[1]))
+    with monkeypatch.context() as m:
+        def full(*_): raise OSError(28, "No space left on device")
+        m.setattr(os, "write", full)
+        watch.run_watch("http://here", log, every=0, looks=2)
+    (_, _, body), = hook.got
+    event = json.loads(body)
+    assert (event["kind"], event["rule"]) == ("fired", "DiskFull") and "No space left" in event["unwritten"] and "this is not in the history" in capsys.readouterr().out
+    assert watch.alerts(log) == []
+
+
 def test_a_running_service_is_watched(tmp_path):
     from hms_brain.service.web import running_service
 

@@ -6,8 +6,10 @@ import json
 import os
 import re
 import shutil
+import signal
 import sqlite3
 import subprocess
+import time
 import zipfile
 import zlib
 from pathlib import Path
@@ -227,8 +229,18 @@ def test_the_apps_files(patient, tmp_path):
 
 # the service
 
+def brainvision(seconds=60):
+    "Three files that name each other and somebody: header, samples, markers."
+    x = np.nan_to_num(simulate_recording(seed=3, pattern="lpd", duration=seconds).eeg)
+    names = [f"{NAME}{end}" for end in (".eeg", ".vhdr", ".vmrk")]
+    head = ["Brain Vision Data Exchange Header File Version 1.0", "[Common Infos]", "Codepage=UTF-8", f"DataFile={names[0]}", f"MarkerFile={names[2]}", "DataFormat=BINARY", "DataOrientation=MULTIPLEXED", f"NumberOfChannels={len(x)}", "SamplingInterval=5000",
+            "[Binary Infos]", "BinaryFormat=IEEE_FLOAT_32", "[Channel Infos]", *(f"Ch{i + 1}={c},,1,µV" for i, c in enumerate(CHANNELS)), "[Comment]", f"{FIELDS['patient']} {NOTE}"]
+    marks = ["Brain Vision Data Exchange Marker File, Version 1.0", "[Common Infos]", "Codepage=UTF-8", f"DataFile={names[0]}", "[Marker Infos]", "Mk1=New Segment,,1,1,0,20310713174359000000", f"Mk2=Comment,{NOTE},200,1,0"]
+    return list(zip(names, (x.T.astype("<f4").tobytes(), "\n".join(head).encode(), "\n".join(marks).encode())))
+
+
 def test_the_service(patient, tmp_path):
-    "Answers, jobs, errors, metrics, its log, the audit log and the ledger."
+    "Answers, jobs, errors, metrics, what it says on standard error, the audit log and the ledger."
     httpx = pytest.importorskip("httpx")
     from test_service import wait_for_job
 
@@ -238,7 +250,7 @@ def test_the_service(patient, tmp_path):
     bad[244:252] = b"Ocelotin"
     env = {"HMS_SYSTEM_THREADS": "1", "HMS_PATHS_JOBS": str(tmp_path / "jobs"), "HMS_PATHS_AUDIT": str(tmp_path / "audit")}
     told = []
-    with running_service(**env) as (url, process):
+    with running_service(log=tmp_path / "stderr", **env) as (url, process):
         with httpx.Client(base_url=url, timeout=120, trust_env=False) as http:
             def send(route, data, name=patient.name):
                 answer = http.post(route, files={"file": (name, data)})
@@ -247,13 +259,18 @@ def test_the_service(patient, tmp_path):
             assert send("/predict/file", good).status_code == 200
             assert {send("/predict/file", x, n).status_code for x, n in ((bytes(bad), patient.name), (good[:3000], patient.name), (FIELDS["patient"].encode(), f"{NAME}.csv"), (good, f"{NAME}.exe"))} == {200, 422}
             assert send("/predict/file?unit=Ocelotine", good).status_code == 422
-            jobs = [send("/jobs", x).json()["id"] for x in (good, bytes(bad))]
+            several = http.post("/jobs", files=[("file", part) for part in brainvision()])
+            told.append(several.content)
+            jobs = [*(send("/jobs", x).json()["id"] for x in (good, bytes(bad))), several.json()["id"]]
             ended = [wait_for_job(http, id) for id in jobs]
-            assert [j["state"] for j in ended] == ["done", "failed"]
+            assert [j["state"] for j in ended] == ["done", "failed", "done"], ended
+            process.send_signal(signal.SIGHUP)  # it says on standard error which model answers from now on
+            end = time.monotonic() + 60
+            while not (tmp_path / "stderr").stat().st_size and time.monotonic() < end: time.sleep(0.1)
             told += [ended, http.get("/metrics").text, http.get("/model").text, http.get(f"/{NAME}").text, http.get(f"/jobs/{NAME}").text]
         process.terminate()
         told += process.communicate(timeout=60)
-    assert (tmp_path / "audit/service.jsonl").stat().st_size > 0 and (tmp_path / "jobs/jobs.sqlite").is_file()
+    assert all((tmp_path / name).stat().st_size > 0 for name in ("audit/service.jsonl", "jobs/jobs.sqlite", "stderr"))
     assert hits(*told, tmp_path) == []
 
 

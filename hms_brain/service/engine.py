@@ -87,13 +87,15 @@ async def settle(
 def write_down(
     drift: DriftMonitor | None,  # told of the window
     audit: AuditLog | None,  # told of the answer
-    ask: Ask,
-    answer: dict,  # as it was sent
+    source: str,  # recording or stream that the window is of
+    x: ModelInput,  # the window
+    answer: dict,  # as it was sent, about this window or about a recording that it stands for
+    predicted: str | None,  # of the window; None: abstained
 ):
     "What is kept of an answer after it was sent; a log that cannot be written is an error in the service's log."
     try:
-        if drift: drift.add(measure_window(ask.x.eeg), answer["predicted"], ask.recording.id)
-        if audit: audit.add("answer", input_sha256=answer["input_sha256"], bundle_sha256=answer["bundle"]["sha256"], predicted=answer["predicted"], abstained=answer["abstained"])
+        if drift: drift.add(measure_window(x.eeg), predicted, source)
+        if audit: audit.add("answer", bundle_sha256=answer["bundle"]["sha256"], **{k: answer[k] for k in ("input_sha256", "predicted", "abstained", "summary") if k in answer})
     except InputError as e: logging.getLogger(__name__).error("%s", e)
 
 # %% ../../nbs/81_service.engine.ipynb #adb70338
@@ -127,7 +129,7 @@ class Engine:
         self.metrics.queue.set(self.waiting.qsize())
         answer = await ask.answer
         self.metrics.count(answer)
-        self.notes.submit(write_down, self.drift, self.audit, ask, answer)
+        self.notes.submit(write_down, self.drift, self.audit, recording.id, x, answer, answer["predicted"])
         return answer
 
     def greet(self,

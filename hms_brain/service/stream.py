@@ -187,7 +187,9 @@ async def serve_stream(
 ):
     "One connection from hello to goodbye: 1000 at the end, 1008 for what is not a stream, 1011 for a fault of ours."
     stream = streams.open(key, fs)
-    if stream is None: return await socket.send_denial_response(problem(429, f"{streams.most} streams are connected", {"Retry-After": "30"}))
+    if stream is None:
+        socket.scope["hms_reason"] = "busy"
+        return await socket.send_denial_response(problem(429, f"{streams.most} streams are connected", {"Retry-After": "30"}))
     old, stream.socket = stream.socket, socket  # before anything is awaited: a place that waits for its handshake is taken
     code, reason = 1000, ""
     try:

@@ -6,15 +6,14 @@ Docs: https://hms-brain.github.io/hms_brain/service.web.html.md"""
 
 # %% auto #0
 __all__ = ['may_predict', 'may_measure', 'may_manage', 'bearer', 'health', 'predictions', 'streaming', 'measures', 'management',
-           'MayPredict', 'ERRORS', 'NPY', 'Scale', 'Rate', 'At', 'HEADERS', 'Unit', 'JobId', 'StreamId', 'FILES',
+           'MayPredict', 'ERRORS', 'NPY', 'Scale', 'Rate', 'At', 'Unit', 'JobId', 'StreamId', 'FILES', 'PATIENCE_S',
            'PAGE', 'token_of', 'need', 'Problem', 'takes', 'read_body', 'predict', 'split_array', 'predict_batch',
-           'keep_files', 'read_file', 'predict_upload', 'add_job', 'see_job', 'forget_job', 'stream', 'model', 'reload',
-           'metrics', 'live', 'ready', 'healthy', 'explain_errors', 'lifespan', 'create_app', 'Server', 'listen',
-           'Beside', 'serve', 'running_service']
+           'predict_upload', 'add_job', 'see_job', 'forget_job', 'stream', 'model', 'reload', 'metrics', 'live',
+           'ready', 'healthy', 'explain_errors', 'lifespan', 'create_app', 'Server', 'listen', 'Beside', 'serve',
+           'running_service']
 
 # %% ../../nbs/81_service.web.ipynb #9f5f4847
 import asyncio
-import errno
 import logging
 import os
 import shutil
@@ -34,7 +33,7 @@ from typing import Annotated, Any
 import jwt
 import numpy as np
 import uvicorn
-from fastapi import APIRouter, Depends, FastAPI, HTTPException, Query, Request, Response, UploadFile, WebSocket
+from fastapi import APIRouter, Depends, FastAPI, HTTPException, Query, Request, Response, WebSocket
 from fastapi import Path as InPath
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
@@ -49,13 +48,14 @@ from .. import __version__
 from ..audit import AuditLog, log_name
 from ..runtime import BATCH
 from ..core import NOTICE, InputError, get_settings, setting_path
-from ..predict import predict_file, read_around, stored_context
 from .core import MAX_SAMPLES, Answer, Answers, Batch, Sample, Window, input_problem, make_window, problem, read_array, read_batch, read_json, read_sample
 from .engine import Engine
-from .jobs import Ledger, safe_name, work_through
+from .jobs import Ledger, LedgerError, work_through
 from .limits import Slots, cap_body, check_host, check_origin, count_requests, limit_rate, take_slot
+from .scans import scan_job
 from .stream import Streams, serve_stream
 from .tokens import Caller, Terms, read_terms, read_token
+from .uploads import FORM, keep_files, read_file, sent_files
 
 # %% ../../nbs/81_service.web.ipynb #c191ddad
 def token_of(
@@ -149,68 +149,42 @@ async def predict_batch(request: Request, scale: Scale = None, fs: Rate = None) 
         answers += await asyncio.gather(*(engine.ask(lambda w=w: w) for w in windows[i:i + BATCH]))  # type: ignore[misc]
     return JSONResponse({"predictions": answers})
 
-# %% ../../nbs/81_service.web.ipynb #aa3f19a9
-HEADERS = (".vhdr", ".lay", ".set")  # formats whose header names the other files
-
-def keep_files(
-    files: list[UploadFile],  # as they came
-    folder: Path,  # made for them
-) -> Path:  # the file to open
-    "Write uploads into a folder. Raises HTTPException."
-    if not 1 <= len(files) <= 8: raise HTTPException(422, "give 1 to 8 files of one recording")
-    paths = [folder / safe_name(f.filename, i, len(files) == 1) for i, f in enumerate(files)]
-    if len(set(paths)) < len(paths): raise HTTPException(422, "two files have the same name")
-    try:
-        for file, path in zip(files, paths):
-            with open(path, "xb") as out: shutil.copyfileobj(file.file, out, 1 << 20)
-    except OSError as e:
-        if e.errno in (errno.ENOSPC, errno.EDQUOT): raise HTTPException(503, "no space for the upload", {"Retry-After": "60"}) from None
-        raise
-    return next((p for p in paths if p.suffix.lower() in HEADERS), paths[0])
-
 # %% ../../nbs/81_service.web.ipynb #4f6470ec
-def read_file(
-    path: Path,
-    at: float | None,  # centre, s from the beginning of the file
-    unit: str | None,  # of the samples
-) -> Window:
-    "The window of a file, exactly as `predict_file` reads it. Raises `InputError`."
-    recording, centre = read_around(path, at, unit=unit)
-    return Window(recording, centre, context=stored_context(path))
-
 Unit = Annotated[str | None, Query(description="of the samples, where the file is silent or wrong: uV, mV, V or nV", max_length=8)]
 
-@predictions.post("/predict/file", responses=ERRORS | {200: {"model": Answer}})
-async def predict_upload(request: Request, file: list[UploadFile], at: At = None, unit: Unit = None) -> Response:
+@predictions.post("/predict/file", responses=ERRORS | {200: {"model": Answer}}, openapi_extra=FORM)
+async def predict_upload(request: Request, at: At = None, unit: Unit = None) -> Response:
     "Classify one window of a recording in any readable format."
-    engine, folder = request.app.state.engine, request.app.state.ledger.place()
-    try:
-        path = await asyncio.get_running_loop().run_in_executor(engine.decoders, keep_files, file, folder)
-        return JSONResponse(await engine.ask(lambda: read_file(path, at, unit), engine.decoders))
-    finally: shutil.rmtree(folder, ignore_errors=True)
+    engine = request.app.state.engine
+    async with sent_files(request) as files:
+        folder = request.app.state.ledger.place()
+        try:
+            path = await asyncio.get_running_loop().run_in_executor(engine.decoders, keep_files, files, folder)
+            return JSONResponse(await engine.ask(lambda: read_file(path, at, unit), engine.decoders))
+        finally: shutil.rmtree(folder, ignore_errors=True)
 
 # %% ../../nbs/81_service.web.ipynb #c7aec48b
 JobId = Annotated[str, InPath(pattern="^[0-9a-f]{16}$")]
 
-@predictions.post("/jobs", status_code=202, responses=ERRORS)
-async def add_job(request: Request, caller: MayPredict, file: list[UploadFile]) -> Response:
-    "Accept a recording for later. It is on the disk when this answers, and has one result in the end."
+@predictions.post("/jobs", status_code=202, responses=ERRORS, openapi_extra=FORM)
+async def add_job(request: Request, caller: MayPredict) -> Response:
+    "Accept a whole recording for later. It is on the disk when this answers, and has one result in the end."
     state, run = request.app.state, partial(asyncio.get_running_loop().run_in_executor, request.app.state.engine.decoders)
-    folder = state.ledger.place()
-    try: id = await run(lambda: state.ledger.add(keep_files(file, folder), caller.subject))
-    except BaseException as e:
-        shutil.rmtree(folder, ignore_errors=True)
-        if isinstance(e, InputError): raise HTTPException(503, "the job could not be written down", {"Retry-After": "60"}) from None
-        raise
+    async with sent_files(request) as files:
+        folder = state.ledger.place()
+        try: id = await run(lambda: state.ledger.add(keep_files(files, folder), caller.subject))
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
     state.wake.set()
     return JSONResponse({"id": id, "state": "waiting"}, 202, {"Location": f"/jobs/{id}"})
 
 @predictions.get("/jobs/{id}", responses=ERRORS)
 async def see_job(request: Request, caller: MayPredict, id: JobId) -> Response:
     "Where a job stands, and its result."
-    job = await asyncio.to_thread(request.app.state.ledger.find, id, caller.subject)
-    if job is None: raise HTTPException(404, "no such job")
-    return JSONResponse(job)
+    find = lambda: (job := request.app.state.ledger.find(id, caller.subject)) and JSONResponse(job)  # a day's result is megabytes
+    if (answer := await asyncio.to_thread(find)) is None: raise HTTPException(404, "no such job")
+    return answer
 
 # %% ../../nbs/81_service.web.ipynb #306fe5ec
 @predictions.delete("/jobs/{id}", status_code=204, responses=ERRORS)
@@ -278,24 +252,29 @@ def explain_errors(app: FastAPI):
     async def unusable(connection: HTTPConnection, e: Exception):
         assert isinstance(e, InputError)
         return input_problem(e)
+    async def full(connection: HTTPConnection, e: Exception):
+        logging.getLogger(__name__).error("%s", e)
+        return problem(503, "the ledger of jobs cannot be used now", {"Retry-After": "60"})
     async def gone(request: Request, e: Exception): return problem(400, "the body ended before its end")
     async def fault(request: Request, e: Exception): return problem(500, "an internal error; it is in the log of the service")
-    for kind, handler in ((StarletteHTTPException, http), (RequestValidationError, invalid), (InputError, unusable), (ClientDisconnect, gone), (Exception, fault)):
+    for kind, handler in ((StarletteHTTPException, http), (RequestValidationError, invalid), (LedgerError, full), (InputError, unusable), (ClientDisconnect, gone), (Exception, fault)):
         app.add_exception_handler(kind, handler)
 
 # %% ../../nbs/81_service.web.ipynb #6f2a7913
 FILES = 4  # uploads at once
+PATIENCE_S = 20.0  # that the windows at hand of a job may take when the service stops
 
 @asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     "Start the queue, the jobs and the page beside, if there is one; leave unfinished jobs to the next start."
-    state, stop = app.state, threading.Event()
-    page = getattr(state, "page", None)
-    queue = asyncio.create_task(state.engine.run())
-    threading.Thread(target=work_through, args=(state.ledger, state.work, state.wake, stop), daemon=True).start()
+    state, page = app.state, getattr(app.state, "page", None)
+    state.stop.clear()
+    queue, worker = asyncio.create_task(state.engine.run()), threading.Thread(target=work_through, args=(state.ledger, state.work, state.wake, state.stop), daemon=True)
+    worker.start()
     state.engine.metrics.ready.set(1)
     async with page.router.lifespan_context(page) if page else nullcontext(): yield
-    stop.set(); state.wake.set(); queue.cancel()
+    state.stop.set(); state.wake.set(); queue.cancel()
+    await asyncio.to_thread(worker.join, PATIENCE_S)
     state.engine.close()
 
 # %% ../../nbs/81_service.web.ipynb #634125d6
@@ -304,7 +283,7 @@ def create_app(
     bundle: str | os.PathLike | None = None,  # folder; default: `default_bundle()`
     threads: int | None = None,  # of the network; default: [system] threads
     jobs: str | os.PathLike | None = None,  # folder of the ledger; default: [paths] jobs
-    work: Callable[[Path], dict] | None = None,  # what a job does with a recording; default: `predict_file`
+    work: Callable[[Path], dict] | None = None,  # what a job does with a recording; default: `scan_job`
     audit: AuditLog | None = None,  # told of every model and every answer
 ) -> FastAPI:
     "The service as an ASGI application. Raises `InputError` for an unusable bundle or a ledger in use."
@@ -312,8 +291,9 @@ def create_app(
     app = FastAPIOffline(title="hms_brain", version=__version__, description=f"Expected expert votes on EEG. {NOTICE}", lifespan=lifespan, redirect_slashes=False)
     state, metrics = app.state, engine.metrics
     state.terms, state.engine, state.ledger = terms, engine, Ledger(jobs or setting_path("jobs"))
-    state.slots, state.streams, state.wake = Slots({"predict": terms.in_flight, "file": FILES}, metrics), Streams(), threading.Event()
-    state.work = work or (lambda path: predict_file(path, engine.predictor)[0].to_dict())
+    state.slots, state.streams = Slots({"predict": terms.in_flight, "file": FILES}, metrics), Streams()
+    state.wake, state.stop = threading.Event(), threading.Event()
+    state.work = work or partial(scan_job, engine=engine, stop=state.stop)
     for router in (health, predictions, streaming, measures, management): app.include_router(router)
     explain_errors(app)
     app.add_middleware(cap_body)  # the innermost; each that follows stands before the last
@@ -406,10 +386,11 @@ def serve(
 @contextmanager
 def running_service(
     *words: str,  # of `hms serve`
+    log: str | os.PathLike | None = None,  # file for what it says on standard error; None: nobody wants to know
     **env: str,  # variables, e.g. HMS_SECRET
 ) -> Iterator[tuple[str, subprocess.Popen]]:  # URL, process
     "Start `hms serve` and stop it at the end. Raises RuntimeError when it does not start."
-    with tempfile.TemporaryDirectory() as folder, open(f"{folder}/stderr", "w+") as said:  # a pipe that nobody reads would stop the service when it is full
+    with tempfile.TemporaryDirectory() as folder, open(log or f"{folder}/stderr", "w+") as said:  # a pipe that nobody reads would stop the service when it is full
         command = [sys.executable, "-c", "from hms_brain.cli import main; main()", "serve", "--port", "0", *words]
         process = subprocess.Popen(command, env=os.environ | {"HMS_PATHS_JOBS": f"{folder}/jobs", "HMS_PATHS_AUDIT": f"{folder}/audit"} | env, stdout=subprocess.PIPE, stderr=said, text=True)
         assert process.stdout
