@@ -7,8 +7,8 @@ Docs: https://hms-brain.github.io/hms_brain/app.html.md"""
 # %% auto #0
 __all__ = ['HEADERS_FIRST', 'MAX_FILES', 'TEMPLATES', 'CSS', 'HEAD', 'FOCUS', 'LIMIT', 'STEPS', 'ENDED', 'UNITS_OFFERED',
            'PAGE_POLICY', 'take_in', 'sample_file', 'understood', 'map_rows', 'read_map', 'fill', 'theme', 'Desk',
-           'show_report', 'make_files', 'build_app', 'PagePolicy', 'CutUploads', 'mount_app', 'create_app', 'check_app',
-           'page_beside', 'serve_app']
+           'hidden', 'show_report', 'make_files', 'build_app', 'PagePolicy', 'CutUploads', 'mount_app', 'create_app',
+           'check_app', 'page_beside', 'serve_app']
 
 # %% ../nbs/82_app.ipynb #47ecfe2d
 import os
@@ -29,7 +29,8 @@ from .formats.sandbox import sniff
 from .pages import Reader, labels_of, open_reader
 from .plots import plot_burden
 from .scan_files import levels
-from .results import length, render, report_html, write_downloads
+from .results import length, render, report_html, without_copy, write_downloads
+from .scan import plan_scan
 from .session import Session, Sessions, begin
 from .viewer import viewer_app
 
@@ -157,19 +158,23 @@ class Desk:
         draft: dict,  # of the visitor
     ):
         "A new recording: put it away safely, and look at it."
-        if not files: return self.look(draft, None, None) if draft else self.blank({})
         self.drop(draft)
         draft = {"folder": self.sessions.folder()}
-        try: draft["path"] = take_in(list(files), draft["folder"])
-        except InputError as e: return self.blank(draft, str(e))
-        return self.look(draft, None, None)
+        try: draft["path"] = take_in(list(files or ()), draft["folder"])
+        except InputError as e: return *self.blank(draft, str(e)), *self.cleared()
+        return *self.look(draft, None, None), *self.cleared()
 
     def open_sample(self, draft: dict):
         "The packaged recording."
         self.drop(draft)
         draft = {"folder": self.sessions.folder()}
         draft["path"] = Path(shutil.copy(sample_file(), draft["folder"] / "recording.edf"))
-        return self.look(draft, None, None)
+        return *self.look(draft, None, None), *self.cleared()
+
+    def cleared(self):
+        "What belonged to the recording before: reader, report and unit are emptied, their tabs closed."
+        import gradio as gr
+        return "", gr.update(interactive=False), gr.update(interactive=False), "", *hidden(), next(iter(UNITS_OFFERED))
 
     def blank(self, draft: dict, message: str = ""):
         "Nothing to check; perhaps a message."
@@ -181,11 +186,13 @@ class Desk:
         import gradio as gr
         given = read_map(rows) if rows is not None else None
         try:
-            draft["reader"] = reader = open_reader(draft["path"], draft["folder"], given, unit)
+            reader = open_reader(draft["path"], draft["folder"], given, unit)
+            plan_scan(reader.duration)  # says what is too short
+            draft["reader"] = reader
             shown, table, ready = fill("facts", facts=understood(reader), issues=reader.issues), map_rows(reader.look.channel_map), True
         except InputError as e:
             draft.pop("reader", None)
-            try: table = rows if rows is not None else map_rows(labels_of(draft["path"]))
+            try: table = rows if rows is not None else map_rows(labels_of(draft["path"], e.labels))
             except InputError: table = []
             shown, ready = fill("error", message=str(e)), False
         return draft, shown, table, gr.update(interactive=ready), gr.update(interactive=True), gr.update(selected="check")
@@ -195,16 +202,22 @@ class Desk:
         return self.look(draft, rows, UNITS_OFFERED[unit]) if draft.get("path") else self.blank(draft)
 
     def start(self, draft: dict, step: str):
-        "Begin the scan and show the reader."
+        "Begin the scan and show the reader; labels and threshold of an earlier scan of the recording stay."
         import gradio as gr
+        session, earlier = Session(draft["folder"], draft["reader"], STEPS[step]), self.sessions.get(draft.get("token"))
         self.sessions.close(draft.get("token"), files=False)
-        session = Session(draft["folder"], draft["reader"], STEPS[step])
+        if earlier: session.labels, session.high = earlier.labels, earlier.high
         draft["token"] = self.sessions.add(session)
         begin(session)
         return draft, fill("viewer", at=self.viewer_at, token=session.token), gr.update(interactive=True), gr.update(interactive=True), gr.update(selected="read")
 
 # %% ../nbs/82_app.ipynb #95470d6d
 ENDED = "This session has ended; open the recording again."
+
+def hidden():  # updates of the figure and of the list of files
+    "No figure, no files."
+    import gradio as gr
+    return gr.update(value=None, visible=False), gr.update(value=[], visible=False)
 
 def show_report(
     sessions: Sessions,
@@ -213,11 +226,11 @@ def show_report(
     "Burden, doubts and attributes as they stand; a figure where there is more than one hour."
     import gradio as gr
     session = sessions.get(draft.get("token"))
-    hidden, no_files = gr.update(visible=False), gr.update(value=[], visible=False)
-    if session is None: return fill("error", message=ENDED), hidden, no_files
+    no_figure, no_files = hidden()
+    if session is None: return fill("error", message=ENDED), no_figure, no_files
     hours = burden(session.table, session.step, **levels(session.high))
-    try: return report_html(session), gr.update(value=plot_burden(hours), visible=True) if len(hours) > 1 else hidden, no_files
-    except InputError as e: return fill("error", message=str(e)), hidden, no_files
+    try: return report_html(session), gr.update(value=plot_burden(hours), visible=True) if len(hours) > 1 else no_figure, no_files
+    except InputError as e: return fill("error", message=str(e)), no_figure, no_files
 
 def make_files(
     sessions: Sessions,
@@ -227,7 +240,7 @@ def make_files(
     import gradio as gr
     session = sessions.get(draft.get("token"))
     if session is None: raise gr.Error(ENDED)
-    try: return gr.update(value=write_downloads(session, session.folder / "files"), visible=True)
+    try: return gr.update(value=write_downloads(session, session.folder / "files"), visible=True, label=" ".join(("Files.", without_copy(session.reader))).strip(". "))
     except InputError as e: raise gr.Error(str(e)) from None
 
 # %% ../nbs/82_app.ipynb #a60c5f19
@@ -270,8 +283,9 @@ def build_app(
                     make = gr.Button("Make the files", variant="primary", elem_id="make", scale=1)
                     taken = gr.File(label="Files", file_count="multiple", interactive=False, visible=False, elem_id="files", scale=3)
         looked = [draft, facts, mapping, start, check, tabs]
-        files.upload(desk.open, [files, draft], looked, **quiet)
-        sample.click(desk.open_sample, [draft], looked, **quiet)
+        opened = [*looked, viewer, read, report, summary, figure, taken, unit]
+        files.upload(desk.open, [files, draft], opened, **quiet)
+        sample.click(desk.open_sample, [draft], opened, **quiet)
         again.click(desk.apply, [draft, mapping, unit], looked, **quiet)
         start.click(desk.start, [draft, step], [draft, viewer, read, report, tabs], **quiet).then(None, js=FOCUS)
         read.select(None, js=FOCUS)
@@ -309,6 +323,7 @@ class CutUploads:
             for left in self.folder.iterdir() if not self.under_way and self.folder.is_dir() else ():
                 if left.is_file(): left.unlink()
 
+# %% ../nbs/82_app.ipynb #9667e93b
 def mount_app(
     app: "FastAPI",
     path: str = "/app",  # where

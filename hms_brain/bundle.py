@@ -228,8 +228,8 @@ def share_frames(
     begins: np.ndarray,  # (b,) samples of it where windows begin, multiples of the same
     image: np.ndarray | None = None,  # (b, 3, 224, 224) float32, where the model reads it
     threads: int | None = None,  # default: [system] threads
-) -> np.ndarray:  # (b, 6) float64, rows sum to 1
-    "Six expert votes for windows of one signal, whose frames are made once. Raises `InputError`."
+) -> tuple[np.ndarray, np.ndarray]:  # (b, 6) float64, rows sum to 1; (b, d) features
+    "As `answer_windows` for windows of one signal, whose frames are made once. Raises `InputError`."
     begins, unit = np.asarray(begins), int(SHARED_S * FS)
     if signal.shape[1] % unit or (begins % unit).any(): raise InputError(f"windows do not begin every {SHARED_S:g} s", "share", "ask for each of them by itself")
     if not np.isfinite(signal).all(): raise InputError("holds NaN or infinity", "signal", "preprocess it with the bundle's own preprocess")
@@ -237,9 +237,10 @@ def share_frames(
     frames, alive = make_frames(bundle, signal, threads)
     steps = SHAPES["eeg"][1] * len(alive) // signal.shape[1]
     rows = (begins * len(alive) // signal.shape[1])[:, None] + np.arange(steps)
-    p = bundle.scaling(run_batches(bundle.session(threads, ANSWER), {"frames": frames[rows], "alive": alive[rows], **feed})["logits"])
+    found = run_batches(bundle.session(threads, ANSWER), {"frames": frames[rows], "alive": alive[rows], **feed})
+    p = bundle.scaling(found["logits"])
     if not np.isfinite(p).all(): raise RuntimeError(f"bundle {bundle.name} answered with NaN")
-    return p
+    return p, found["features"]
 
 # %% ../nbs/70_bundle.ipynb #2b1106b1
 def scaling_of(

@@ -56,8 +56,9 @@ class InputError(ValueError):
         what: str,  # what is wrong
         where: str | os.PathLike | None = None,  # the file, field or parameter
         mend: str | None = None,  # what to do about it
+        labels: Iterable[str] = (),  # of the file's channels, where they are what could not be used
     ):
-        self.what, self.where, self.mend = what, where, mend
+        self.what, self.where, self.mend, self.labels = what, where, mend, tuple(labels)
         line = (f"{(Path(where).name or where) if isinstance(where, os.PathLike) else where}: " if where else "") + what + (f"; {mend}" if mend else "")
         super().__init__(" ".join(line.split()))
 

@@ -109,6 +109,7 @@ def linked_groups(
 def check_links(
     pairs: Sequence[tuple[str, str]],  # bipolar channels
     where=None,  # the file, for messages
+    labels: Sequence[str] = (),  # of the file, for the error
 ):
     "Raise `InputError` when the electrodes of a hemisphere do not hang together: their differences along its chains are unknown."
     groups = linked_groups(pairs)
@@ -116,7 +117,7 @@ def check_links(
         mine = [c for c in CHANNELS if c[-1] in side and any(c in g for g in groups)]
         group = next((g for g in groups if mine and mine[0] in g), set())
         apart = [c for c in mine if c not in group]
-        if apart: raise InputError(f"its bipolar channels do not say how {mine[0]} differs from {apart[0]}", where, "store a double banana, or every electrode against one reference")
+        if apart: raise InputError(f"its bipolar channels do not say how {mine[0]} differs from {apart[0]}", where, "store a double banana, or every electrode against one reference", labels)
 
 # %% ../nbs/01_electrodes.ipynb #1c1467c5
 def plan_channels(
@@ -132,11 +133,11 @@ def plan_channels(
     missing = tuple(c for c in CHANNELS if c not in electrodes)
     bipolar = len(missing) > MAX_MISSING and sum(c not in ends for c in CHANNELS) <= MAX_MISSING
     if bipolar: missing = tuple(c for c in CHANNELS if c not in ends)
-    if bipolar and len(missing) <= MAX_MISSING: check_links([t for t in targets if isinstance(t, tuple)], where)
+    if bipolar and len(missing) <= MAX_MISSING: check_links([t for t in targets if isinstance(t, tuple)], where, labels)
     if len(missing) > MAX_MISSING:
         shown = ", ".join(names[:8]) + (" ..." if len(names) > 8 else "")
         what = f"{len(missing)} of the 19 electrodes are missing: {', '.join(missing)}" if len(missing) < len(CHANNELS) else "none of the 19 electrodes (Fp1, F3 ... O2) is among its channels"
-        raise InputError(what, where, f"its {len(names)} channels are {shown}; if the names are unusual, give a channel map")
+        raise InputError(what, where, f"its {len(names)} channels are {shown}; if the names are unusual, give a channel map", labels)
     used: dict[int, str | tuple[str, str]] = {}
     doubled = []
     for i, t in enumerate(targets):

@@ -6,7 +6,7 @@ Docs: https://hms-brain.github.io/hms_brain/results.html.md"""
 
 # %% auto #0
 __all__ = ['REPORT', 'length', 'render', 'sureness', 'peak_time', 'in_words', 'similar', 'report_html', 'write_archive',
-           'write_bids_archive', 'write_labels', 'write_peak', 'write_downloads']
+           'write_bids_archive', 'write_labels', 'write_peak', 'without_copy', 'write_downloads']
 
 # %% ../nbs/80_results.ipynb #a887a544
 import shutil
@@ -18,6 +18,7 @@ import numpy as np
 from .core import CLASS_LABELS, CLASSES, CONTEXT_S, NOTICE, WINDOW_S, InputError, atomic_path
 from .embedding import similar_windows
 from .exports import write_prediction
+from .pages import Reader
 from .predict import Prediction
 from .scan_files import clock, describe, write_bids, write_scan, write_table
 from .scan import LONG_S
@@ -86,7 +87,7 @@ def similar(
     "Windows of the recording that lie near one in the model's last layer."
     places, answers = dict(session.places), {r["at"]: r for r in list(session.rows)}
     times = sorted(t for t in places if t in answers)
-    if at not in places or len(times) < 3: return []
+    if at not in places or len(times) < 2: return []
     near, _ = similar_windows(np.stack([places[t] for t in times]), len(times) - 1, np.array([times.index(at)]))
     kept = [at]
     for t in (times[i] for i in near[0]):
@@ -95,15 +96,15 @@ def similar(
 
 
 # %% ../nbs/80_results.ipynb #408deca0
-REPORT = """<p>{{ told.status }}</p><div class="hms-columns"><div><h3>Burden per hour</h3><table class="hms-table"><tr><th>hour</th><th>judged</th>{% for c in classes %}<th>{{ c }}</th>{% endfor %}</tr>
+REPORT = """{% if told.unfinished %}<div class="hms-error" role="alert"><b>{{ told.unfinished }}</b></div>{% endif %}<p>{{ told.status }}</p><div class="hms-columns"><div><h3>Burden per hour</h3><table class="hms-table"><tr><th>hour</th><th>judged</th>{% for c in classes %}<th>{{ c }}</th>{% endfor %}</tr>
 {% for row in told.burden %}<tr>{% for x in row %}<td>{{ x }}</td>{% endfor %}</tr>{% endfor %}</table>
 <p class="hms-note">{{ told.rule }}</p>
 <h3>Events</h3>{% if told.events %}<div class="hms-scroll"><table class="hms-table"><tr><th>from</th><th>to</th><th>s</th><th>pattern</th><th>mean</th><th>peak</th></tr>
-{% for e in told.events[:200] %}<tr>{% for x in e %}<td>{{ x }}</td>{% endfor %}</tr>{% endfor %}</table></div>{% else %}<p class="hms-note">None.</p>{% endif %}</div>
+{% for e in told.events[:200] %}<tr>{% for x in e %}<td>{{ x }}</td>{% endfor %}</tr>{% endfor %}</table></div>{% else %}<p class="hms-note">None{% if told.unfinished %} so far{% endif %}.</p>{% endif %}</div>
 <div><h3>How sure, and where not asked</h3><table class="hms-facts">{% for k, v in facts %}<tr><th>{{ k }}</th><td>{{ v }}</td></tr>{% endfor %}</table>
 {% if peak %}<h3>The highest peak: {{ peak.place }}</h3><table class="hms-facts">{% for k, v in peak.rows %}<tr><th>{{ k }}</th><td>{{ v }}</td></tr>{% endfor %}</table>
 <h3>Windows like it</h3>{% if peak.like %}<table class="hms-table"><tr><th>at</th><th>model</th><th>vote</th></tr>{% for row in peak.like %}<tr>{% for x in row %}<td>{{ x }}</td>{% endfor %}</tr>{% endfor %}</table>
-<p class="hms-note">Nearest in the model's last layer, at least {{ apart }} s from one another.</p>{% else %}<p class="hms-note">The recording is too short for any.</p>{% endif %}{% endif %}</div></div>
+<p class="hms-note">Nearest in the model's last layer, at least {{ apart }} s from one another.</p>{% else %}<p class="hms-note">No other window that was judged lies {{ apart }} s or more away.</p>{% endif %}{% endif %}</div></div>
 <p class="hms-note">{{ notice }}{% if simulated %} The model was trained on simulated EEG only.{% endif %}</p>"""
 
 def report_html(
@@ -147,6 +148,13 @@ def write_peak(folder: Path, session: Session) -> list[Path]:
     for path in files: write_prediction(path, prediction, session.reader.part(first, min(CONTEXT_S, session.reader.duration - first)))
     return files
 
+def without_copy(
+    reader: Reader,
+) -> str:  # a sentence; empty when there is one
+    "Why no annotated copy is among the files."
+    if reader.kind in ("edf", "bdf") or reader.duration <= LONG_S: return ""
+    return f"No annotated copy: a recording of more than {length(LONG_S)} that is neither EDF nor BDF is not written anew."
+
 def write_downloads(
     session: Session,
     folder: Path,  # is made
@@ -155,8 +163,7 @@ def write_downloads(
     reader, scan = session.reader, session.scan
     if not len(scan.table): raise InputError("no window has been classified", mend="wait for the first ones")
     folder.mkdir(parents=True, exist_ok=True)
-    copy = reader.kind in ("edf", "bdf") or reader.duration <= LONG_S
-    files = [p for p in write_scan(folder, scan, reader.path if copy else None, session.high) if "_desc-" not in p.name]
+    files = [p for p in write_scan(folder, scan, None if without_copy(reader) else reader.path, session.high) if "_desc-" not in p.name]
     bids, labels = folder / "bids.zip", folder / "labels.csv"
     write_bids_archive(bids, session)
     write_labels(labels, session)

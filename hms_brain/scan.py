@@ -13,7 +13,7 @@ __all__ = ['BLOCK_S', 'MIN_STEP', 'DENSE_S', 'LONG_S', 'SMALL_S', 'SHARED', 'HAL
 # %% ../nbs/72_scan.ipynb #8b397444
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -122,23 +122,25 @@ def ahead(
 SHARED = 64  # windows of a task that share their frames
 HALO = int(HALO_S * FS)  # samples beyond them that the network hears
 
-def answer_each(predictor: Predictor, stretch: Stretch, firsts: Sequence[int], n_times: int) -> tuple[np.ndarray, list[Quality]]:  # (n, 6); what is to be said of each window
+def answer_each(predictor: Predictor, stretch: Stretch, firsts: Sequence[int], n_times: int) -> tuple[np.ndarray, list[np.ndarray | None], list[Quality]]:  # (n, 6); (d,) of each that was asked; what is to be said of it
     "Ask for every window by itself."
     inputs = [predictor.preprocess.cut(stretch, first, n_times) for first in firsts]
-    return predictor.probabilities(inputs), [Quality(x.flags, x.abstain, x.reasons) for x in inputs]
+    return *predictor.answers(inputs), [Quality(x.flags, x.abstain, x.reasons) for x in inputs]
 
-def answer_shared(predictor: Predictor, stretch: Stretch, firsts: Sequence[int], n_times: int) -> tuple[np.ndarray, list[Quality]]:  # as `answer_each`
+def answer_shared(predictor: Predictor, stretch: Stretch, firsts: Sequence[int], n_times: int) -> tuple[np.ndarray, list[np.ndarray | None], list[Quality]]:  # as `answer_each`
     "The same, where windows have their frames in common: those that begin a multiple of `SHARED_S` apart and need the same notch."
     bundle, said = predictor.bundle, [stretch.judge(first) for first in firsts]
+    places: list[np.ndarray | None] = [None] * len(firsts)
     p, kinds = np.tile(bundle.prior, (len(firsts), 1)), [None if q.abstain else (q.mains, first % int(SHARED_S * FS)) for first, q in zip(firsts, said)]
     for kind in {k for k in kinds if k}:
         rows = [i for i, k in enumerate(kinds) if k == kind]
         begin, mains = firsts[rows[0]] - HALO, kind[0]
         signal = stretch.signal(begin, mains, firsts[rows[-1]] + N_WINDOW + HALO - begin)
         images = np.stack([window_image(stretch, firsts[i], mains) for i in rows]) if "image" in bundle.inputs else None
-        p[rows] = share_frames(bundle, signal, np.array([firsts[i] - begin for i in rows]), images, predictor.threads)
+        p[rows], features = share_frames(bundle, signal, np.array([firsts[i] - begin for i in rows]), images, predictor.threads)
+        for i, place in zip(rows, features): places[i] = place
         for i, image in zip(rows, () if images is None else images): said[i] = replace(said[i], flags=(*said[i].flags, *noticed(image, n_times)))
-    return p, said
+    return p, places, said
 
 def answer(
     predictor: Predictor,
@@ -146,11 +148,13 @@ def answer(
     firsts: Sequence[int],  # samples where they begin
     n_times: int,  # samples of the recording
     lost: Sequence[tuple[int, int, str]] = (),  # what could not be read
+    note: Callable[[float, np.ndarray], object] = lambda at, place: None,  # called with the centre (s) and the features (d,) of each window that was asked
 ) -> list[dict]:  # one row per window
     "Classify some windows of a stretch."
     ask, rows = answer_shared if shares(predictor, stretch) else answer_each, []
-    for first, p, q in zip(firsts, *ask(predictor, stretch, firsts, n_times)):
+    for first, p, place, q in zip(firsts, *ask(predictor, stretch, firsts, n_times)):
         votes = as_votes(p)
+        if place is not None: note((first + N_WINDOW // 2) / FS, place)
         why = [reason for a, b, reason in lost if a < first + N_WINDOW and b > first] if q.abstain else []
         rows.append({"at": (first + N_WINDOW // 2) / FS, **votes, "predicted": "" if q.abstain else max(votes, key=votes.__getitem__), "abstained": q.abstain,
                      "reasons": "; ".join(dict.fromkeys((*q.reasons, *why))), "quality": " ".join(dict.fromkeys(f.kind for f in q.flags))})
@@ -181,13 +185,14 @@ def answer_block(
     pool: ThreadPoolExecutor,  # threads that make images and answer
     tell=lambda new: None,  # called with rows as they come; may raise to stop
     stretch: Stretch | None = None,  # of `make_stretch`
+    note: Callable[[float, np.ndarray], object] = lambda at, place: None,  # as in `answer`
 ) -> "pd.DataFrame":  # one row per window
     "Classify the windows of one block."
     import pandas as pd
     stretch = stretch or make_stretch(predictor, piece, firsts)
     if "image" in predictor.bundle.inputs and stretch.dense: fine_panels(stretch, run=pool.map)
     size = SHARED if shares(predictor, stretch) else BATCH
-    tasks = [pool.submit(answer, predictor, stretch, firsts[k:k + size].tolist(), n_times, piece.lost) for k in range(0, len(firsts), size)]
+    tasks = [pool.submit(answer, predictor, stretch, firsts[k:k + size].tolist(), n_times, piece.lost, note) for k in range(0, len(firsts), size)]
     rows = []
     try:
         for task in tasks:
@@ -211,6 +216,13 @@ class Scan:
     step = property(lambda self: float(self.about["step"]), doc="s between windows")
     duration = property(lambda self: float(self.about["recording"]["duration"]), doc="of the recording, s")
     gaps = property(lambda self: [tuple(g) for g in self.about["gaps"]], doc="s without data in the file, start and stop")
+    state = property(lambda self: str(self.about.get("state", "done")), doc="done; or running, stopped, failed: then the table ends early")
+
+    @property
+    def covered(self) -> float:  # s from the beginning
+        "How far the recording was looked at."
+        if self.state == "done": return self.duration
+        return min(self.duration, float(self.table["at"].iloc[-1]) + self.step / 2) if len(self.table) else 0.0
 
     @classmethod
     def load(cls,
@@ -224,10 +236,10 @@ class Scan:
         except (OSError, ValueError) as e: raise InputError(f"cannot be read ({type(e).__name__})", Path(folder) / TABLE, "remove the folder and scan again") from None
 
     def summary(self) -> dict:  # plain types
-        "How much was judged, and what was found most."
+        "How much was judged, and what was found most; of an unfinished scan also its state and the seconds it covers."
         counts = self.table.predicted[~self.table.abstained].value_counts()
         return {"hours": round(self.duration / 3600, 3), "windows": len(self.table), "abstained": int(self.table.abstained.sum()),
-                **{c: int(counts.get(c, 0)) for c in CLASSES}}
+                **{c: int(counts.get(c, 0)) for c in CLASSES}, **({} if self.state == "done" else {"state": self.state, "covered_s": round(self.covered, 3)})}
 
 # %% ../nbs/72_scan.ipynb #bcd16aa6
 def describe_scan(
@@ -293,7 +305,7 @@ def scan_blocks(
 def scan_file(
     path: str | os.PathLike,  # a recording in any readable format
     out: str | os.PathLike,  # a folder; what a scan of the same left there is taken up
-    predictor: Predictor | None = None,  # default: the packaged bundle
+    predictor: Predictor | None = None,  # whose bundle answers; its `abstain_on` is for single windows and has no part here; default: the packaged bundle
     step: float = 2.0,  # s between windows
     block: float = BLOCK_S,  # s of windows in a block
     threads: int | None = None,  # default: [system] threads

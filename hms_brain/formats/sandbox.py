@@ -172,7 +172,7 @@ def decode_child():
         limit_child(job["memory"], int(job["seconds"]) + 5)
         try: reply = decode_job(job)
         except ImportError as e: reply = {"error": [f"needs the package {e.name}", None, f"pip install {e.name}"]}
-        except InputError as e: reply = {"error": [e.what, e.where if isinstance(e.where, str) else None, e.mend]}
+        except InputError as e: reply = {"error": [e.what, e.where if isinstance(e.where, str) else None, e.mend, e.labels]}
         except MemoryError: reply = {"error": [f"takes more than {job['memory'] / 2**30:g} GiB to decode", None, "read a part of it: give a duration (seconds), or raise decode_memory_gib"]}
         limit_child(job["memory"], 0)
         print(json.dumps(reply), file=replies, flush=True)
@@ -256,7 +256,8 @@ class Decoder:
             reply = json.loads(line)
             if "error" not in reply: return reply, {name: self.take(name) for name in ARRAYS[task]}
             self.stop()
-            raise InputError(reply["error"][0], reply["error"][1] or path, reply["error"][2])
+            what, where, mend, *labels = reply["error"]
+            raise InputError(what, where or path, mend, *labels)
         code, took = self.stop(), time.monotonic() - begin
         if took >= seconds: raise InputError(f"takes more than {seconds:g} s to decode", path, "read a part of it: give a duration (seconds)")
         raise InputError(f"made the decoder stop (code {code})", path, "it is damaged or needs more memory than decode_memory_gib")

@@ -3,22 +3,25 @@
 "use strict";
 (() => {
 const CHUNK = 10, MARGIN = 2, CENTRE = 10, TILE = 600, ABSENT = -32768, PX_PER_MM = 96 / 25.4;
+const ROW = 11;  // bytes of a window: six votes, status, two of what was noticed, two of why the model was not asked
 const token = location.hash.slice(1);
 const $ = id => document.getElementById(id);
 const clamp = (x, low, high) => Math.max(low, Math.min(high, x));
 const pad = n => String(n).padStart(2, "0");
 const SENSITIVITIES = [2, 3, 5, 7, 10, 15, 20, 30, 50], LENGTHS = [5, 10, 15, 20, 30, 60];
-const FILTERS = [["0.5–70 Hz", 0.5, 70], ["0.5–40 Hz", 0.5, 40], ["1–35 Hz", 1, 35], ["1–15 Hz", 1, 15], ["5–70 Hz", 5, 70], ["0.3–70 Hz", 0.3, 70], ["off", null, null]];
+const FILTERS = [["0.5–70 Hz", 0.5, 70], ["0.5–40 Hz", 0.5, 40], ["1–35 Hz", 1, 35], ["1–15 Hz", 1, 15], ["5–70 Hz", 5, 70], ["0.3–70 Hz", 0.3, 70], ["0.3 Hz up", 0.3, null], ["0.5 Hz up", 0.5, null], ["1 Hz up", 1, null], ["5 Hz up", 5, null], ["off", null, null]];
 const MAINS = [["off", null], ["50 Hz", 50], ["60 Hz", 60]];
 const MONTAGE_NAMES = { double_banana: "double banana", transverse: "transverse", average: "average", referential: "referential" };
-const KEYS = [["Page Down, Page Up", "next page, page before"], ["→, ←", "one second on, back (with Shift: ten)"], ["Home, End", "beginning, end"], ["n, p", "next event, event before"],
-  ["m", "montage"], ["+, −", "sensitivity"], ["f", "filter"], ["1 – 6", "your label: Seizure, LPD, GPD, LRDA, GRDA, Other"], ["u, Ctrl+Z", "take the last label back"],
+const KEYS = [["Page Down, Page Up", "next page, page before"], ["→, ←", "one second on, back (with Shift: ten)"], ["Home, End", "beginning, end"], ["n, p", "next event; beginning of this one, event before"],
+  ["m", "montage"], ["+, −", "sensitivity"], ["f", "filter"], ["1 – 6", "your label: Seizure, LPD, GPD, LRDA, GRDA, Other"], ["u, Ctrl+Z", "take the last label back; the one before it returns"],
   ["o", "explanation: what the answer rests on"], ["Enter, Esc", "page, overview"], ["c", "colours for colour-blind readers"], ["d", "dark, light"], ["?", "these keys"]];
 
 const view = { about: null, mode: "overview", at: 0, seconds: 10, montage: 0, sensitivity: 4, filter: 0, mains: 0, safe: false, threshold: 0.5, hover: null, why: null };
 const rows = { n: 0, total: 0, bytes: new Uint8Array(0), state: "waiting" };
 const underway = () => rows.state === "running" || rows.state === "waiting";
-let events = [], labels = [], ink = {}, palette = null, pending = false, turnedAt = 0;
+const unread = () => rows.state !== "done";
+const reach = () => rows.n ? Math.min(view.about.duration, view.about.scan.first + rows.n * view.about.scan.step) : 0;  // s that were looked at
+let events = [], labels = [], past = [], marked = [], current = -1, ink = {}, palette = null, pending = false, turnedAt = 0;
 const chunks = new Map(), tiles = new Map();
 window.hmsReader = { view, rows, chunks, tiles, turns: [], get events() { return events; }, get labels() { return labels; } };
 
@@ -72,7 +75,7 @@ async function follow() {  // new rows of the scan, until it ends
   for (;;) {
     try {
       const reply = await ask(`scan?from=${rows.n}`), about = JSON.parse(reply.headers.get("X-Scan")), more = new Uint8Array(await reply.arrayBuffer());
-      if (more.length) { const all = new Uint8Array(rows.bytes.length + more.length); all.set(rows.bytes); all.set(more, rows.bytes.length); rows.bytes = all; rows.n = all.length / 7; }
+      if (more.length) { const all = new Uint8Array(rows.bytes.length + more.length); all.set(rows.bytes); all.set(more, rows.bytes.length); rows.bytes = all; rows.n = all.length / ROW; }
       rows.state = about.state; rows.total = about.total;
       showProgress(about);
       if (more.length || about.state !== "running") await findEvents();
@@ -99,16 +102,17 @@ const dot = c => { const e = el("span", undefined, { className: "dot" }); e.styl
 let toastTimer = 0;
 function toast(text) { $("toast").textContent = text; $("toast").classList.add("shown"); clearTimeout(toastTimer); toastTimer = setTimeout(() => $("toast").classList.remove("shown"), 2600); }
 
-function showProgress({ state, done, total, left, error }) {
-  $("progress").hidden = !underway();
+function showProgress({ state, done, total, left, error }) {  // how a scan ended stays on the screen, unless it is complete
+  const where = `${hms(reach())} of ${hms(view.about.duration)}`;
+  $("progress").hidden = state === "done"; $("bar").hidden = $("cancel").hidden = !underway(); $("progress").classList.toggle("ended", !underway());
   $("bar").value = total ? done / total : 0;
-  $("left").textContent = total ? `${done} of ${total} windows${left === null ? "" : `, ${span(left)} left`}` : "loading the model, reading the first minutes";
-  if (state === "failed") toast(error || "the scan failed");
+  $("left").textContent = state === "stopped" ? `Stopped at ${where}: what lies behind was not looked at.` : state === "failed" ? `Failed at ${where}: ${error || "the scan failed"}`
+    : total ? `${done} of ${total} windows${left === null ? "" : `, ${span(left)} left`}` : "loading the model, reading the first minutes";
 }
 
 function listEvents() {
   const body = $("events"), near = $("events-near");
-  body.replaceChildren(); near.replaceChildren();
+  body.replaceChildren(); near.replaceChildren(); marked = [];
   $("events-title").textContent = events.length ? `Events (${events.length})` : "Events";
   const shown = events.slice(0, 2000);
   shown.forEach(e => {
@@ -120,17 +124,18 @@ function listEvents() {
     for (const tr of [full, brief]) tr.addEventListener("click", () => { toEvent(e); setMode("page"); });
     body.append(full); near.append(brief);
   });
-  if (!shown.length) for (const b of [body, near]) { const tr = el("tr"); tr.append(el("td", underway() ? "none so far" : "none above the threshold", { className: "empty", colSpan: 4 })); b.append(tr); }
+  if (!shown.length) for (const b of [body, near]) { const tr = el("tr"); tr.append(el("td", unread() ? "nothing above the threshold so far" : "none above the threshold", { className: "empty", colSpan: 4 })); b.append(tr); }
   markEvent();
 }
 
-function markEvent() {
-  const t = view.at + view.seconds / 2;
-  for (const body of [$("events"), $("events-near")]) [...body.children].forEach((tr, i) => {
-    const now = events[i] && events[i].start <= t && t < events[i].stop;
-    if (now && tr.getAttribute("aria-current") !== "true" && view.mode === "page") tr.scrollIntoView({ block: "nearest" });
-    tr.setAttribute("aria-current", String(Boolean(now)));
-  });
+function markEvent() {  // only rows that change are touched: a day may have thousands
+  const t = view.at + view.seconds / 2, now = [];
+  for (let i = 0; i < Math.min(events.length, 2000); i++) if (events[i].start <= t && t < events[i].stop) now.push(i);
+  for (const body of [$("events"), $("events-near")]) {
+    for (const i of marked) if (!now.includes(i) && body.children[i]) body.children[i].removeAttribute("aria-current");
+    for (const i of now) if (!marked.includes(i) && body.children[i]) { body.children[i].setAttribute("aria-current", "true"); if (view.mode === "page") body.children[i].scrollIntoView({ block: "nearest" }); }
+  }
+  marked = now;
 }
 
 function listLabels() {
@@ -151,17 +156,26 @@ function rowAt(t) {  // index of the scan's row that covers second t; -1: none
   return i >= 0 && i < rows.n ? i : -1;
 }
 
+const bits = (i, at) => rows.bytes[ROW * i + at] | rows.bytes[ROW * i + at + 1] << 8;
+const wordsOf = mask => view.about.kinds.filter((_, k) => mask >> k & 1).join(", ");
+function whyNot(i, status) {  // what is to be said of the signal around a window
+  if (i < 0) return underway() ? "Not reached yet." : unread() && view.at + view.seconds / 2 >= reach() ? "Not looked at: the scan ended before." : "No window is centred here.";
+  const why = wordsOf(bits(i, 9)), noticed = wordsOf(bits(i, 7) & ~bits(i, 9));
+  const said = status === 1 ? "No data here: the model was not asked" : status === 2 ? "Poor signal: the model was not asked" : "";
+  return [said && `${said}${why ? ` (${why})` : ""}.`, noticed && `Noticed: ${noticed}.`].filter(Boolean).join(" ");
+}
+
 function showVotes() {
-  const box = $("votes"), i = rowAt(view.at + view.seconds / 2), status = i < 0 ? 9 : rows.bytes[7 * i + 6];
+  const box = $("votes"), i = rowAt(view.at + view.seconds / 2), status = i < 0 ? 9 : rows.bytes[ROW * i + 6];
   box.replaceChildren();
-  const p = view.about.classes.map((_, k) => status === 0 ? rows.bytes[7 * i + k] / 255 : 0), best = p.indexOf(Math.max(...p));
+  const p = view.about.classes.map((_, k) => status === 0 ? rows.bytes[ROW * i + k] / 255 : 0), best = p.indexOf(Math.max(...p));
   view.about.classes.forEach((c, k) => {
     const track = el("div", undefined, { className: "track" }), fill = el("i"), first = status === 0 && k === best ? "first" : "";
     fill.style.width = `${100 * p[k]}%`; fill.style.background = colourOf(c);
     track.append(fill);
     box.append(el("span", c.label, { className: first }), track, el("output", status === 0 ? p[k].toFixed(2) : "–", { className: first }));
   });
-  $("why").textContent = status === 0 ? "" : status === 1 ? "No data here: the model was not asked." : status === 2 ? "Poor signal: the model was not asked." : underway() ? "Not reached yet." : "No window is centred here.";
+  $("why").textContent = whyNot(i, status);
 }
 
 // ---- drawing --------------------------------------------------------------------------------------------------------
@@ -191,21 +205,48 @@ function hatch(g, x, y, w, h) {
 
 function niceStep(duration, most) { return [10, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 10800, 14400, 21600].find(s => duration / s <= most) || 43200; }
 
-function drawLanes(canvas, compact) {
-  const { g, w, h } = pen(canvas), about = view.about, classes = about.classes, left = 74, right = w - 14, top = compact ? 5 : 14, bottom = h - (compact ? 18 : 26);
-  const width = right - left, lane = (bottom - top) / classes.length, pxOf = t => left + width * t / about.duration;
+function drawLanes(canvas, compact) {  // what a page turn does not change is drawn once and kept
+  const { g, w, h } = pen(canvas), about = view.about, left = 74, right = w - 14, strip = compact ? 7 : 36, top = compact ? 5 : 14, bottom = h - (compact ? 18 : 26) - strip;
+  const width = right - left, pxOf = t => left + width * t / about.duration;
+  if (!canvas.width || !canvas.height) return;  // another tab is in front
   canvas.place = { left, width };
-  const columns = Math.max(1, Math.floor(width)), { step, first } = about.scan;
-  const peak = classes.map(() => new Float32Array(columns)), sum = classes.map(() => new Float32Array(columns)), count = new Uint16Array(columns), poor = new Uint16Array(columns);
+  const key = [rows.n, rows.state, canvas.width, canvas.height, view.safe, view.threshold, ink.paper].join();
+  if (canvas.keptKey !== key) {
+    canvas.kept = new OffscreenCanvas(canvas.width, canvas.height); canvas.keptKey = key;
+    const kept = canvas.kept.getContext("2d"), scale = canvas.width / w;
+    kept.setTransform(scale, 0, 0, scale, 0, 0); kept.font = g.font; kept.textBaseline = "middle"; kept.lineWidth = 1;
+    paintLanes(kept, { compact, left, right, top, bottom, h, width, pxOf });
+  }
+  g.drawImage(canvas.kept, 0, 0, w, h);
+  for (const l of labels) { g.fillStyle = colourOf(classOf(l.label)); const x = pxOf(l.at), y = bottom + strip; g.beginPath(); g.moveTo(x - 4, y + 5); g.lineTo(x + 4, y + 5); g.lineTo(x, y); g.fill(); }
+  const x = pxOf(view.at + view.seconds / 2), wide = Math.max(2, width * view.seconds / about.duration);
+  g.fillStyle = ink.ink; g.globalAlpha = 0.85; g.fillRect(x - 0.75, top - 3, 1.5, bottom - top + 6); g.globalAlpha = 0.12; g.fillRect(x - wide / 2, top, wide, bottom - top); g.globalAlpha = 1;
+  if (view.hover !== null && !compact) readout(g, view.hover, pxOf(view.hover), top, w);
+}
+
+function laneColumns(columns) {  // per pixel: peak and mean of each class, how many windows are poor, what was noticed
+  const { step, first } = view.about.scan, { duration, strips } = view.about;
+  const peak = Array.from({ length: 6 }, () => new Float32Array(columns)), sum = peak.map(() => new Float32Array(columns)), count = new Uint16Array(columns), poor = new Uint16Array(columns), seen = new Uint16Array(columns);
   for (let i = 0; i < rows.n; i++) {
-    const a = clamp(Math.floor((first + i * step) / about.duration * columns), 0, columns - 1), b = clamp(Math.ceil((first + (i + 1) * step) / about.duration * columns), a + 1, columns);
-    const status = rows.bytes[7 * i + 6];
+    const a = clamp(Math.floor((first + i * step) / duration * columns), 0, columns - 1), b = clamp(Math.ceil((first + (i + 1) * step) / duration * columns), a + 1, columns);
+    const status = rows.bytes[ROW * i + 6];
     for (let x = a; x < b; x++) {
+      seen[x] |= bits(i, 7);
       if (status === 2) poor[x]++;
       if (status !== 0) continue;
       count[x]++;
-      for (let k = 0; k < 6; k++) { const p = rows.bytes[7 * i + k] / 255; sum[k][x] += p; if (p > peak[k][x]) peak[k][x] = p; }
+      for (let k = 0; k < 6; k++) { const p = rows.bytes[ROW * i + k] / 255; sum[k][x] += p; if (p > peak[k][x]) peak[k][x] = p; }
     }
+  }
+  return { peak, sum, count, poor, strips: strips.map(s => seen.map(v => v & s.mask)) };
+}
+
+function paintLanes(g, { compact, left, right, top, bottom, h, width, pxOf }) {
+  const about = view.about, classes = about.classes, lane = (bottom - top) / classes.length, columns = Math.max(1, Math.floor(width)), { peak, sum, count, poor, strips } = laneColumns(columns);
+  if (unread() && reach() < about.duration) {
+    const x = pxOf(reach());
+    g.fillStyle = ink.margin; g.fillRect(x, top, right - x, bottom - top);
+    if (!underway() && right - x > 90) { g.fillStyle = ink.soft; g.textAlign = "center"; g.font = '11px system-ui, Arial, sans-serif'; g.fillText("not looked at", (x + right) / 2, (top + bottom) / 2); }
   }
   g.fillStyle = ink.poor;
   for (let x = 0; x < columns; x++) if (poor[x] && poor[x] > count[x]) g.fillRect(left + x, top, 1.2, bottom - top);
@@ -224,21 +265,24 @@ function drawLanes(canvas, compact) {
     g.fillStyle = ink.ink; g.textAlign = "left"; g.font = compact ? '10px system-ui, Arial, sans-serif' : '12px system-ui, Arial, sans-serif';
     g.fillText(c.label, compact ? 21 : 25, base - (compact ? lane / 2 - 1 : high / 2));
   });
+  const each = compact ? 2 : 11;  // the quality strip: a row per fault, each at its own height
+  strips.forEach((seen, k) => {
+    const y = bottom + 2 + k * each;
+    g.fillStyle = ink.soft;
+    for (let x = 0; x < columns; x++) if (seen[x]) g.fillRect(left + x, y, 1.2, each - (compact ? 0.5 : 4));
+    if (!compact) { g.font = '10px system-ui, Arial, sans-serif'; g.textAlign = "left"; g.fillText(about.strips[k].name, 25, y + 4); }
+  });
   g.font = '11px system-ui, Arial, sans-serif';
   g.fillStyle = ink.soft; g.textAlign = "center";
   const tick = niceStep(about.duration, Math.max(2, width / 90));
   for (let t = 0; t <= about.duration; t += tick) { const x = pxOf(t); g.fillText(hms(t), clamp(x, left + 14, right - 14), h - (compact ? 8 : 12)); if (!compact) { g.strokeStyle = ink.faint; g.beginPath(); g.moveTo(x + 0.5, top); g.lineTo(x + 0.5, bottom); g.stroke(); } }
-  for (const l of labels) { g.fillStyle = colourOf(classOf(l.label)); const x = pxOf(l.at); g.beginPath(); g.moveTo(x - 4, bottom + 5); g.lineTo(x + 4, bottom + 5); g.lineTo(x, bottom); g.fill(); }
-  const x = pxOf(view.at + view.seconds / 2), wide = Math.max(2, width * view.seconds / about.duration);
-  g.fillStyle = ink.ink; g.globalAlpha = 0.85; g.fillRect(x - 0.75, top - 3, 1.5, bottom - top + 6); g.globalAlpha = 0.12; g.fillRect(x - wide / 2, top, wide, bottom - top); g.globalAlpha = 1;
-  if (view.hover !== null && !compact) readout(g, view.hover, pxOf(view.hover), top, w);
 }
 
 function readout(g, t, x, top, w) {
-  const i = rowAt(t), status = i < 0 ? 9 : rows.bytes[7 * i + 6];
+  const i = rowAt(t), status = i < 0 ? 9 : rows.bytes[ROW * i + 6];
   let text = hms(t);
-  if (status === 0) { let best = 0; for (let k = 1; k < 6; k++) if (rows.bytes[7 * i + k] > rows.bytes[7 * i + best]) best = k; text += `  ${view.about.classes[best].label} ${(rows.bytes[7 * i + best] / 255).toFixed(2)}`; }
-  else if (status < 9) text += status === 1 ? "  no data" : "  poor signal";
+  if (status === 0) { let best = 0; for (let k = 1; k < 6; k++) if (rows.bytes[ROW * i + k] > rows.bytes[ROW * i + best]) best = k; text += `  ${view.about.classes[best].label} ${(rows.bytes[ROW * i + best] / 255).toFixed(2)}`; }
+  else if (status < 9) text += status === 1 ? "  no data" : `  poor signal: ${wordsOf(bits(i, 9))}`;
   const width = g.measureText(text).width + 14, at = clamp(x - width / 2, 2, w - width - 2);
   g.fillStyle = ink.ink; g.fillRect(at, top, width, 19);
   g.fillStyle = ink.paper; g.textAlign = "left"; g.fillText(text, at + 7, top + 10);
@@ -407,18 +451,19 @@ function goto(t) {
   markEvent(); redraw();
 }
 function setMode(mode) {
-  view.mode = mode;
+  view.mode = mode; marked = [];
   $("overview").hidden = mode !== "overview"; $("reading").hidden = mode !== "page"; $("tools").style.visibility = mode === "page" ? "visible" : "hidden";
   $("to-overview").setAttribute("aria-pressed", String(mode === "overview")); $("to-page").setAttribute("aria-pressed", String(mode === "page"));
   markEvent(); redraw();
 }
 function choose(name, i, n) { view[name] = clamp(i, 0, n - 1); $(name).value = view[name]; redraw(); }
-const toEvent = e => goto((e.start + Math.min(e.stop, e.start + CENTRE)) / 2 - view.seconds / 2);
-function step(direction) {
-  const middle = view.at + view.seconds / 2, inside = events.find(e => e.start <= middle && middle < e.stop);
-  const next = direction > 0 ? events.find(e => e.start > middle + 0.01 && e !== inside) : [...events].reverse().find(e => e.start < middle - CENTRE / 2 - 0.01 && e !== inside);
-  if (!next) return toast(events.length ? (direction > 0 ? "no later event" : "no earlier event") : "no events above the threshold");
-  setMode("page"); toEvent(next);
+const placeOf = e => clamp((e.start + Math.min(e.stop, e.start + CENTRE)) / 2 - view.seconds / 2, 0, Math.max(0, view.about.duration - view.seconds));
+const toEvent = e => { current = events.indexOf(e); goto(placeOf(e)); };
+function step(direction) {  // from the event one is at, by its number: two may begin at the same time; from elsewhere, by time
+  const here = events[current] && Math.abs(placeOf(events[current]) - view.at) < 0.01;
+  const i = here ? current + direction : direction > 0 ? events.findIndex(e => placeOf(e) > view.at + 0.01) : events.findLastIndex(e => placeOf(e) < view.at - 0.01);
+  if (!events[i]) return toast(events.length ? (direction > 0 ? "no later event" : "no earlier event") : "no events above the threshold");
+  setMode("page"); toEvent(events[i]);
 }
 let sending = Promise.resolve();
 function sendLabels() {  // one after the other: what was sent last is what is kept
@@ -428,10 +473,15 @@ function sendLabels() {  // one after the other: what was sent last is what is k
 function label(k) {
   if (view.mode !== "page") return toast("labels belong to a page: press Enter");
   const at = Math.round(10 * (view.at + view.seconds / 2)) / 10;
+  past.push(labels);
   labels = [...labels.filter(l => Math.abs(l.at - at) > 0.05), { at, label: view.about.classes[k].key }];
   sendLabels();
 }
-function undo() { if (!labels.length) return toast("there is no label to take back"); labels = labels.slice(0, -1); sendLabels(); }
+function undo() {  // what was there before the last key; of labels from an earlier look, the last goes
+  if (!past.length && !labels.length) return toast("there is no label to take back");
+  labels = past.length ? past.pop() : labels.slice(0, -1);
+  sendLabels();
+}
 async function explain() {  // once more: off; elsewhere: anew
   if (view.mode !== "page") return toast("an explanation belongs to a page: press Enter");
   const at = view.at + view.seconds / 2;
