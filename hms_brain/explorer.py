@@ -64,12 +64,12 @@ def scan_text(
 ) -> tuple[str, str]:  # HTML: what was found; events and burden
     "What a scan says."
     from hms_brain.scan_files import describe
-    told = describe(scan, events)
+    told = describe(scan, events, threshold)
     facts = grid([{"": k, " ": v} for k, v in told["facts"]])
     head = f'<div class="hms"><h2>{len(events)} {"event" if len(events) == 1 else "events"} at a threshold of {threshold:.2f}</h2>{note(origin(scan.about["bundle"]["simulated"]))}<p>{escape(told["status"])}</p></div>'
     names = ("hour", "judged", *(CLASS_LABELS[c] for c in CLASSES[:-1]))
     listed = grid([dict(zip(("from", "to", "s", "pattern", "mean", "peak"), e)) for e in told["events"]]) if events else "<p>No events: lower the threshold to see weaker ones.</p>"
-    return head, f'<div class="hms"><h2>Events</h2><div class="hms-scroll">{listed}</div><h2>Burden</h2><p>Share of each hour, with the word of ACNS 2021; at a probability of 0.50.</p><div class="hms-scroll">{grid([dict(zip(names, row)) for row in told["burden"]])}</div><details><summary>The scan</summary>{facts}</details></div>'
+    return head, f'<div class="hms"><h2>Events</h2><div class="hms-scroll">{listed}</div><h2>Burden</h2><p>Share of each hour. {escape(told["rule"])}</p><div class="hms-scroll">{grid([dict(zip(names, row)) for row in told["burden"]])}</div><details><summary>The scan</summary>{facts}</details></div>'
 
 # %% ../nbs/84_explorer.ipynb #541bde6b
 def explorer_controls(
@@ -190,6 +190,7 @@ def show_timeline(e: Explorer):
 def show_scan(e: Explorer):
     "Timeline, events and burden at the chosen threshold."
     from hms_brain.events import burden
+    from hms_brain.scan_files import levels
     if e.scan is None:
         e.events = []
         show_timeline(e)
@@ -200,7 +201,7 @@ def show_scan(e: Explorer):
     e.events = events_at(e.scan, e.c["threshold"].value)
     e.c["head"].value, e.c["lists"].value = scan_text(e.scan, e.events, e.c["threshold"].value)
     show_timeline(e)
-    draw(e.c["hours"], plot_burden(burden(e.scan.table, e.scan.step)) if e.scan.duration > 3600 else None)
+    draw(e.c["hours"], plot_burden(burden(e.scan.table, e.scan.step, **levels(e.c["threshold"].value))) if e.scan.duration > 3600 else None)
 
 # %% ../nbs/84_explorer.ipynb #218784b8
 def scan_short(e: Explorer):
