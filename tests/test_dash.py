@@ -25,11 +25,11 @@ import httpx  # noqa: E402
 from conftest import ROOT, WAIT_MS, needs_browser  # noqa: E402
 from hms_brain.audit import AuditLog  # noqa: E402
 from hms_brain.bundle import MANIFEST, default_bundle, seal_files  # noqa: E402
-from hms_brain.core import CLASSES, VOTE_COLUMNS, InputError, rng_for, write_json  # noqa: E402
+from hms_brain.core import CHANNELS, CLASSES, VOTE_COLUMNS, InputError, rng_for, write_json  # noqa: E402
 from hms_brain.dash import PAGES, Room, allowed_hosts, dash_config, dash_token, dashboards, take_port, without_token  # noqa: E402
 from hms_brain.evaluate import evaluate, load_answers  # noqa: E402
-from hms_brain.explorer import explorer, scan_text  # noqa: E402
-from hms_brain.panels import MIME, events_at, figure_bundle, grid, list_answers, list_recordings, list_runs, plot_compared, plot_pace, run_rows  # noqa: E402
+from hms_brain.explorer import events_at, explorer, list_recordings, scan_text  # noqa: E402
+from hms_brain.panels import MIME, figure_bundle, grid, list_answers, list_runs, plot_compared, plot_pace, run_rows  # noqa: E402
 from hms_brain.plots import plot_probabilities, plot_scan  # noqa: E402
 from hms_brain.views import VIEWS, Performance, System, Training, score_answers  # noqa: E402
 from hms_brain.watch import acknowledge, alerts  # noqa: E402
@@ -243,6 +243,26 @@ def test_jupyterlab_refuses_an_address_of_others(monkeypatch):
     assert len(started) == 1 and "--ServerApp.ip=127.0.0.1" in started[0][1]
 
 
+def test_a_patient_is_chosen_first(tmp_path, monkeypatch):
+    "EEGs of a data set are offered patient by patient, beside every format that can be read."
+    from hms_brain.simulate import simulate_recording
+    x = simulate_recording(seed=3, pattern="lpd", duration=50)
+    (tmp_path / "raw/train_eegs").mkdir(parents=True)
+    for eeg in (11, 12, 21): pd.DataFrame(x.eeg.T, columns=CHANNELS).assign(EKG=np.float32(0)).to_parquet(tmp_path / f"raw/train_eegs/{eeg}.parquet")
+    (tmp_path / "raw/train.csv").write_text("eeg_id,patient_id\n21,2\n12,1\n11,1\n11,1\n31,3\n")
+    for name in ("a.rec", "b.BDF", "c.npy", "d.vhdr", "d.eeg", "notes.txt", "test.csv", "e.csv"): (tmp_path / name).write_text("")
+    monkeypatch.setenv("HMS_DASH_RECORDINGS", str(tmp_path))
+    monkeypatch.setenv("HMS_PATHS_REPORTS", str(tmp_path))
+    e = explorer(chosen="patient 1 of raw, EEG 12")
+    assert e.c["of"].options == ("recordings", "patient 1 of raw", "patient 2 of raw") and e.c["of"].layout.display != "none"
+    assert [n for n, _ in e.c["recording"].options] == ["EEG 11", "EEG 12"] and e.c["recording"].label == "EEG 12" and e.reader.path.stem == "12"
+    e.c["of"].value = "patient 2 of raw"
+    assert e.c["recording"].label == "EEG 21" and e.reader.path.stem == "21" and e.c["page"].outputs and e.c["message"].value == ""
+    e.c["of"].value = "recordings"
+    assert [n for n, _ in e.c["recording"].options][1:] == ["a.rec", "b.BDF", "c.npy", "d.vhdr", "e.csv"] and e.reader.path.name == "sample.edf"
+    assert explorer(ROOT / "hms_brain/assets/sample.edf").c["of"].layout.display == "none"
+
+
 def test_a_recording_that_is_none_ends_in_a_line(tmp_path):
     (tmp_path / "bad.edf").write_bytes(b"no EEG at all")
     e = explorer(tmp_path / "bad.edf")
@@ -254,7 +274,7 @@ def test_the_last_recording_does_not_stand_under_the_name_of_the_next(tmp_path):
     (tmp_path / "bad.edf").write_bytes(b"no EEG at all")
     e = explorer(ROOT / "hms_brain/assets/sample.edf")
     assert e.c["page"].outputs and e.c["votes"].outputs and e.scan
-    e.sources.append({"name": "bad", "file": tmp_path / "bad.edf", "scan": None})
+    e.sources.append({"name": "bad", "file": tmp_path / "bad.edf", "scan": None, "of": "recordings"})
     e.c["recording"].options = [("sample", 0), ("bad", 1)]
     e.c["recording"].value = 1
     assert "bad" in e.c["message"].value and e.reader is None and e.scan is None
