@@ -1,5 +1,6 @@
 """Start, stop and examine the containers of compose.yml: what `make up down logs health` call. Standard library only."""
 import argparse
+import configparser
 import os
 import secrets
 import shutil
@@ -13,15 +14,15 @@ from urllib.request import urlopen
 HERE = Path(__file__).resolve().parent
 OTHER_USER = 10001  # runs the containers when root starts them
 SECONDS = 600  # to build, start and become healthy
+PORTS = {"SERVICE": 8000, "PROMETHEUS": 9090, "GRAFANA": 3001, "APP": 7860, "DASH": 8050, "LAB": 8888, "MLFLOW": 5000}
 
 
 def ports(env):
     "What answers where, by name: (profile, URL)."
-    at = lambda key, default: env.get(f"HMS_{key}") or default
-    return {"service": ("core", f"http://127.0.0.1:{at('DEPLOYMENT_SERVICE_PORT', '8000')}/health/ready"),
-            "prometheus": ("monitor", f"http://127.0.0.1:{at('MONITORING_PROMETHEUS_PORT', '9090')}/-/ready"),
-            "grafana": ("monitor", f"http://127.0.0.1:{at('MONITORING_GRAFANA_PORT', '3001')}/api/health"),
-            "app": ("dash", "http://127.0.0.1:7860/"), "lab": ("dev", "http://127.0.0.1:8888/api"), "mlflow": ("track", "http://127.0.0.1:5000/health")}
+    at = lambda section, name, path: f"http://127.0.0.1:{env.get(f'HMS_{section}_{name}_PORT') or PORTS[name]}{path}"
+    return {"service": ("core", at("DEPLOYMENT", "SERVICE", "/health/ready")), "prometheus": ("monitor", at("MONITORING", "PROMETHEUS", "/-/ready")),
+            "grafana": ("monitor", at("MONITORING", "GRAFANA", "/api/health")), "app": ("dash", at("DEPLOYMENT", "APP", "/")), "dash": ("dash", at("DEPLOYMENT", "DASH", "/")),
+            "lab": ("dev", at("DEPLOYMENT", "LAB", "/api")), "mlflow": ("track", at("DEPLOYMENT", "MLFLOW", "/health"))}
 
 
 def write_private(path, text, owner):
@@ -36,10 +37,13 @@ def prepare(folder=HERE):
     "Make what the first start needs: folders, secrets, the user of the containers. What is there stays."
     uid = os.getuid() or OTHER_USER
     gid = os.getgid() if os.getuid() else OTHER_USER
-    state = folder / "state"
-    for name in ("", "secrets", "outputs", "prometheus", "grafana"):
-        (state / name).mkdir(parents=True, exist_ok=True, mode=0o700)
-        if os.getuid() == 0: os.chown(state / name, uid, gid)
+    state, runs = folder / "state", folder.parent / "outputs/runs"  # MLflow keeps its file among the runs
+    for name in ("", "secrets", "outputs", "outputs/tmp", "prometheus", "grafana"): (state / name).mkdir(parents=True, exist_ok=True, mode=0o700)
+    runs.mkdir(parents=True, exist_ok=True)
+    (folder.parent / "data").mkdir(exist_ok=True)
+    if os.getuid() == 0:
+        for path in (state, *(p for p in state.iterdir() if p.is_dir()), state / "outputs/tmp", runs, runs / "mlflow.db"):
+            if path.exists(): os.chown(path, uid, gid)
     for name in ("hms_secret", "grafana_password"):
         if not (path := state / "secrets" / name).exists(): write_private(path, secrets.token_urlsafe(48), uid)
     if not (token := state / "secrets" / "metrics_token").exists(): write_private(token, "", uid)
@@ -49,10 +53,15 @@ def prepare(folder=HERE):
     return state
 
 
-def compose(*words, capture=False, env=None):
+def compose(*words, capture=False):
     "Run docker compose on our file."
     command = ["docker", "compose", "--project-directory", str(HERE), "--file", str(HERE / "compose.yml"), *words]
-    return subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE if capture else None, env=env)
+    return subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE if capture else None, env=settings())
+
+
+def clear(folder):
+    "Remove what a container that was killed left in the folder of its uploads."
+    for path in folder.iterdir(): shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def need_engine():
@@ -67,7 +76,7 @@ def up(profiles):
     need_engine()
     state = prepare()
     chosen = [w for p in profiles for w in ("--profile", p)]
-    if "monitor" in profiles:  # Prometheus reads the file at every scrape
+    if {"monitor", "dash"} & set(profiles):  # Prometheus reads the file at every scrape, the dashboards when they start
         compose("--profile", "monitor", "build", "serve")
         token = compose("--profile", "monitor", "run", "--rm", "--no-deps", "-T", "serve", "hms", "token", "create", "--scope", "metrics", "--subject", "prometheus", "--ttl", "365d", capture=True).stdout
         write_private(state / "secrets" / "metrics_token", token.strip(), os.getuid() or OTHER_USER)
@@ -79,9 +88,13 @@ def up(profiles):
 
 
 def settings(folder=HERE):
-    "deploy/.env, then the environment."
+    "The ports of settings.ini, then deploy/.env, then the environment; an empty value says nothing."
+    ini = configparser.ConfigParser(inline_comment_prefixes=("#",), interpolation=None)
+    ini.read(folder.parent / "settings.ini")
+    own = {f"HMS_{section}_{key}".upper(): value for section in ("deployment", "monitoring") if ini.has_section(section) for key, value in ini[section].items() if key.endswith("_port")}
     lines = (folder / ".env").read_text().splitlines() if (folder / ".env").exists() else []
-    return dict(line.split("=", 1) for line in lines if "=" in line and not line.startswith("#")) | dict(os.environ)
+    named = dict(line.split("=", 1) for line in lines if "=" in line and not line.startswith("#"))
+    return own | {k: v for k, v in (*named.items(), *os.environ.items()) if v}
 
 
 def ask(url):
@@ -123,6 +136,7 @@ def main():
         every = [w for p in sorted(known) for w in ("--profile", p)]
         prepare()
         compose(*every, *(["down", "--remove-orphans", "--timeout", "40"] if given.verb == "down" else ["logs", "--tail", "100", *given.words]))
+        if given.verb == "down": clear(HERE / "state/outputs/tmp")
 
 
 if __name__ == "__main__":

@@ -159,8 +159,9 @@ def app_command(
 @app.command()
 def lab():
     "JupyterLab on the notebooks, on this machine only."
-    from hms_brain.core import find_root, get_settings
+    from hms_brain.core import LOOPBACK, find_root, get_settings
     settings = get_settings().deployment
+    if settings.host not in LOOPBACK: raise InputError(f"whoever reaches {settings.host} could run code here", "[deployment] host", "use 127.0.0.1, and a tunnel from elsewhere")
     command = [sys.executable, "-m", "jupyterlab", f"--ServerApp.root_dir={find_root()}", f"--ServerApp.ip={settings.host}", f"--ServerApp.port={settings.lab_port}"]
     os.execv(sys.executable, command)
 

@@ -8,7 +8,9 @@ import signal
 import subprocess
 import sys
 import time
+from html import escape
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import quote
 
 import numpy as np
@@ -23,11 +25,11 @@ import httpx  # noqa: E402
 from conftest import ROOT, WAIT_MS, needs_browser  # noqa: E402
 from hms_brain.audit import AuditLog  # noqa: E402
 from hms_brain.bundle import MANIFEST, default_bundle, seal_files  # noqa: E402
-from hms_brain.core import CLASSES, VOTE_COLUMNS, InputError, rng_for, write_json  # noqa: E402
+from hms_brain.core import CHANNELS, CLASSES, VOTE_COLUMNS, InputError, rng_for, write_json  # noqa: E402
 from hms_brain.dash import PAGES, Room, allowed_hosts, dash_config, dash_token, dashboards, take_port, without_token  # noqa: E402
 from hms_brain.evaluate import evaluate, load_answers  # noqa: E402
-from hms_brain.explorer import explorer  # noqa: E402
-from hms_brain.panels import MIME, figure_bundle, grid, list_answers, list_recordings, list_runs, plot_compared, plot_pace, run_rows  # noqa: E402
+from hms_brain.explorer import events_at, explorer, list_recordings, scan_text  # noqa: E402
+from hms_brain.panels import MIME, figure_bundle, grid, list_answers, list_runs, plot_compared, plot_pace, run_rows  # noqa: E402
 from hms_brain.plots import plot_probabilities, plot_scan  # noqa: E402
 from hms_brain.views import VIEWS, Performance, System, Training, score_answers  # noqa: E402
 from hms_brain.watch import acknowledge, alerts  # noqa: E402
@@ -189,6 +191,78 @@ def test_a_scan_finds_its_recording_by_the_bytes(tmp_path):
     assert {e["name"]: e["file"] for e in list_recordings(tmp_path / "in", tmp_path / "scans")}["scan one"] is None
 
 
+def test_app_files_and_dashboard_find_the_same_events():
+    "One slider, one meaning: where the probability hovers between two lower levels, the wrong one joins what is apart."
+    from hms_brain.events import find_events
+    from hms_brain.scan_files import describe, levels
+    p = np.tile([.05, .05, .05, .05, .05, .75], (60, 1))
+    for a, b, height in ((5, 15, .97), (15, 18, .38), (18, 28, .97), (40, 50, .66), (50, 53, .3)): p[a:b] = [height, *[(1 - height) / 5] * 5]
+    table = pd.DataFrame({"at": 25 + 10. * np.arange(60), **{f"p_{c}": v for c, v in zip(CLASSES, p.T)}, **dict(zip(CLASSES, p.T)), "abstained": False, "reasons": ""})
+    scan = SimpleNamespace(table=table, step=10., duration=640., gaps=(), about={"recording": {"id": "x", "reference": "", "issues": []}, "bundle": {"simulated": True}})
+    for threshold in (.35, .4, .5, .6, .95): assert events_at(scan, threshold) == find_events(table, 10., **levels(threshold)), threshold
+    assert events_at(scan, .6) != find_events(table, 10., high=.6, low=.42) and len(events_at(scan, .35)) == 2
+    told = [scan_text(scan, events_at(scan, t), t)[1] for t in (.5, .95)]
+    for text, t in zip(told, (.5, .95)):
+        expected = describe(scan, events_at(scan, t), t)
+        assert escape(expected["rule"]) in text and all(escape(cell) in text for row in expected["burden"] for cell in row)
+    assert describe(scan, [], .5)["burden"] != describe(scan, [], .95)["burden"]
+
+
+def test_who_only_looks_is_not_counted():
+    "Latency, rate and shares of the work, whoever polls /metrics and /health beside it."
+    from hms_brain.monitor import Metrics
+    from hms_brain.panels import service_sample
+    from hms_brain.watch import read_samples
+    metrics, look = Metrics(), lambda: read_samples(metrics.text().decode())
+    before = look()
+    def asked(route, status, seconds, times):
+        for _ in range(times):
+            metrics.requests.labels(route, "GET", status).inc()
+            metrics.seconds.labels(route).observe(seconds)
+    asked("/predict", "200", .3, 9)
+    asked("/predict/file", "500", 9., 1)
+    alone = service_sample(look(), before, 10.)
+    assert alone["requests"] == 1 and alone["errors"] == .1 and alone["p50"] > 100 and alone["p99"] < 1000
+    for route in ("/metrics", "/health", "/health/ready"): asked(route, "200", .001, 100)
+    assert service_sample(look(), before, 10.) == alone
+
+
+def test_jupyterlab_refuses_an_address_of_others(monkeypatch):
+    from hms_brain.core import get_settings
+    from hms_brain.operate import lab
+    started = []
+    monkeypatch.setattr(os, "execv", lambda *words: started.append(words))
+    try:
+        for host in ("0.0.0.0", "192.168.1.2", "::", "127.0.0.1"):
+            monkeypatch.setenv("HMS_DEPLOYMENT_HOST", host)
+            get_settings.cache_clear()
+            if host == "127.0.0.1": lab()
+            else:
+                with pytest.raises(InputError, match="could run code here"): lab()
+    finally: get_settings.cache_clear()
+    assert len(started) == 1 and "--ServerApp.ip=127.0.0.1" in started[0][1]
+
+
+def test_a_patient_is_chosen_first(tmp_path, monkeypatch):
+    "EEGs of a data set are offered patient by patient, beside every format that can be read."
+    from hms_brain.simulate import simulate_recording
+    x = simulate_recording(seed=3, pattern="lpd", duration=50)
+    (tmp_path / "raw/train_eegs").mkdir(parents=True)
+    for eeg in (11, 12, 21): pd.DataFrame(x.eeg.T, columns=CHANNELS).assign(EKG=np.float32(0)).to_parquet(tmp_path / f"raw/train_eegs/{eeg}.parquet")
+    (tmp_path / "raw/train.csv").write_text("eeg_id,patient_id\n21,2\n12,1\n11,1\n11,1\n31,3\n")
+    for name in ("a.rec", "b.BDF", "c.npy", "d.vhdr", "d.eeg", "notes.txt", "test.csv", "e.csv"): (tmp_path / name).write_text("")
+    monkeypatch.setenv("HMS_DASH_RECORDINGS", str(tmp_path))
+    monkeypatch.setenv("HMS_PATHS_REPORTS", str(tmp_path))
+    e = explorer(chosen="patient 1 of raw, EEG 12")
+    assert e.c["of"].options == ("recordings", "patient 1 of raw", "patient 2 of raw") and e.c["of"].layout.display != "none"
+    assert [n for n, _ in e.c["recording"].options] == ["EEG 11", "EEG 12"] and e.c["recording"].label == "EEG 12" and e.reader.path.stem == "12"
+    e.c["of"].value = "patient 2 of raw"
+    assert e.c["recording"].label == "EEG 21" and e.reader.path.stem == "21" and e.c["page"].outputs and e.c["message"].value == ""
+    e.c["of"].value = "recordings"
+    assert [n for n, _ in e.c["recording"].options][1:] == ["a.rec", "b.BDF", "c.npy", "d.vhdr", "e.csv"] and e.reader.path.name == "sample.edf"
+    assert explorer(ROOT / "hms_brain/assets/sample.edf").c["of"].layout.display == "none"
+
+
 def test_a_recording_that_is_none_ends_in_a_line(tmp_path):
     (tmp_path / "bad.edf").write_bytes(b"no EEG at all")
     e = explorer(tmp_path / "bad.edf")
@@ -200,7 +274,7 @@ def test_the_last_recording_does_not_stand_under_the_name_of_the_next(tmp_path):
     (tmp_path / "bad.edf").write_bytes(b"no EEG at all")
     e = explorer(ROOT / "hms_brain/assets/sample.edf")
     assert e.c["page"].outputs and e.c["votes"].outputs and e.scan
-    e.sources.append({"name": "bad", "file": tmp_path / "bad.edf", "scan": None})
+    e.sources.append({"name": "bad", "file": tmp_path / "bad.edf", "scan": None, "of": "recordings"})
     e.c["recording"].options = [("sample", 0), ("bad", 1)]
     e.c["recording"].value = 1
     assert "bad" in e.c["message"].value and e.reader is None and e.scan is None

@@ -210,6 +210,49 @@ def test_what_shares_the_network_listens_here_only(compose):
     assert DEFAULTS["deployment"]["host"] == "127.0.0.1"
 
 
+def test_a_name_means_one_thing(compose):
+    "Profile, service, target and command: serve, app and dash are what hms serve, hms app and hms dash are."
+    services = compose["services"]
+    runs = lambda s: " ".join(s["command"]) if "command" in s else " ".join(json.loads(word_of(s["build"]["target"], "CMD")))
+    for name in ("serve", "app", "dash"): assert services[name]["build"]["target"] == name and runs(services[name]).endswith(f"hms {name}") and word_of(name, "CMD") == f'["hms", "{name}"]', name
+    assert runs(services["lab"]) == "hms lab" and services["lab"]["profiles"] == ["dev"]
+    assert {n for n, s in services.items() if "dash" in s["profiles"]} == {"app", "dash"} and {n for n, s in services.items() if "core" in s["profiles"]} == {"serve"}
+    assert {s["build"]["target"] for s in services.values() if "build" in s} == {"serve", "app", "dash", "train"}
+
+
+def test_dashboards_see_what_the_service_writes(compose):
+    "Alerts and metrics: one folder, one token, one port."
+    dash, watch, serve = (compose["services"][n] for n in ("dash", "watch", "serve"))
+    assert "./state/outputs:/srv/hms/outputs" in dash["volumes"] and "./state/outputs:/srv/hms/outputs" in watch["volumes"] and DEFAULTS["paths"]["audit"] == "outputs/audit"
+    assert dash["secrets"] == ["metrics_token"] and "HMS_TOKEN=$$(cat /run/secrets/metrics_token)" in dash["command"][-1]
+    assert dash["environment"]["HMS_DEPLOYMENT_SERVICE_PORT"] in serve["ports"][0]
+    assert all(v.endswith(":ro") for v in dash["volumes"][1:])
+
+
+@pytest.mark.parametrize("name", ["serve", "app", "dash"])
+def test_uploads_pass_through_the_disk(compose, name):
+    "/tmp is memory and counts as such: a file of 2 GiB and its decoded signal do not fit there."
+    service = compose["services"][name]
+    mounted = [v.split(":")[1] for v in service["volumes"] if not v.endswith(":ro")]
+    assert any(service["environment"]["TMPDIR"].startswith(f"{m}/") for m in mounted)
+    assert not any(service["environment"]["TMPDIR"].startswith(t.split(":")[0]) for t in service["tmpfs"])
+
+
+def test_jupyterlab_does_not_see_the_secrets(compose):
+    "It mounts the whole folder: state and .env are covered."
+    lab = compose["services"]["lab"]
+    assert "..:/srv/hms" in lab["volumes"] and "/dev/null:/srv/hms/deploy/.env:ro" in lab["volumes"]
+    assert any(t.startswith("/srv/hms/deploy/state:") for t in lab["tmpfs"]) and not lab.get("secrets") and any(t.startswith("/tmp:") for t in lab["tmpfs"])
+
+
+def test_pages_of_others_get_nothing_from_the_monitors(compose):
+    "Grafana answers to one name; Prometheus has no list of names, but lets no other page read it."
+    grafana, prometheus = compose["services"]["grafana"]["environment"], compose["services"]["prometheus"]["command"]
+    assert grafana["GF_SERVER_ENFORCE_DOMAIN"] == "true" and f"http://{grafana['GF_SERVER_DOMAIN']}:" in grafana["GF_SERVER_ROOT_URL"]
+    (origin,) = [w.partition("=")[2] for w in prometheus if w.startswith("--web.cors.origin=")]
+    assert re.fullmatch(filled(origin, {}), "http://127.0.0.1:9090") and not re.fullmatch(filled(origin, {}), "http://evil.example")
+
+
 def test_no_password_stands_anywhere(compose):
     for name, s in compose["services"].items():
         for key, value in s.get("environment", {}).items():
@@ -225,10 +268,28 @@ def test_ports_are_those_of_the_settings(compose):
     for section in ("deployment", "monitoring"):
         for key, value in DEFAULTS[section].items():
             for found in re.findall(rf"HMS_{section.upper()}_{key.upper()}:-(\d+)", (DEPLOY / "compose.yml").read_text()): assert int(found) == value
+    found = {k: re.search(rf"HMS_\w+_{k}_PORT:-(\d+)", (DEPLOY / "compose.yml").read_text()) for k in stack_ports()}
+    assert {k: int(m[1]) for k, m in found.items()} == stack_ports(), "deploy/stack.py asks elsewhere"
     names = set(re.findall(r"\$\{(\w+)", (DEPLOY / "compose.yml").read_text()))
     assert names == {line[:-1] for line in (DEPLOY / ".env.example").read_text().splitlines() if not line.startswith("#")}
     for name in names:
         if m := re.fullmatch(r"HMS_(DEPLOYMENT|MONITORING)_(\w+)", name): assert m[2].lower() in DEFAULTS[m[1].lower()], name
+
+
+def stack_ports():
+    from importlib.util import module_from_spec, spec_from_file_location
+
+    spec = spec_from_file_location("stack", DEPLOY / "stack.py")
+    spec.loader.exec_module(module := module_from_spec(spec))
+    return module.PORTS
+
+
+def test_no_port_stands_alone(compose):
+    "What listens in the machine's network is asked, and published, at the port of the settings."
+    for name, s in compose["services"].items():
+        check = str(s["healthcheck"]) if "healthcheck" in s else word_of(s["build"]["target"], "HEALTHCHECK")
+        if s.get("network_mode") == "host": assert "_port}" in check and not re.search(r"127\.0\.0\.1:\d", check), name
+        assert not [w for w in s.get("command", []) if re.fullmatch(r"\d+", w)], name
 
 
 @pytest.mark.parametrize("target", ["serve", "app", "dash", "train"])
@@ -239,7 +300,6 @@ def test_targets(target):
     own = stages()[target][1]
     assert not any(word in ("RUN", "ADD") for word, _ in own), "nothing is built in the last stage"
     command = json.loads(next(rest for word, rest in own if word == "CMD"))
-    if command[1] == "app" and not (ROOT / "hms_brain/app.py").exists(): pytest.skip("hms app is not part of this checkout")
     done = subprocess.run([sys.executable, "-c", "from hms_brain.cli import main; main()", *command[1:], "--help"], capture_output=True, text=True)
     assert command[0] == "hms" and done.returncode == 0
 
@@ -250,7 +310,18 @@ def test_the_build_sees_only_what_it_copies():
     assert kept == copied and all((ROOT / name).exists() for name in copied)
 
 
+def test_the_workflow_tries_what_needs_an_engine(compose):
+    jobs = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"]
+    told = lambda job: "\n".join(step.get("run", "") for step in jobs[job]["steps"])
+    assert set(jobs["containers"]["env"]["PROFILES"].split()) == {p for s in compose["services"].values() for p in s["profiles"]}
+    targets = re.search(r"for t in ([\w ]+);", told("containers"))[1].split()
+    assert set(targets) == {t for t in stages() if t not in ("build", "base") and not t.startswith("build-")}
+    for words in ("hadolint", "config --quiet", 'docker build --file deploy/Dockerfile --target "$t"', "make up", "make health", "make down"): assert words in told("containers"), words
+    assert "install --yes --no-install-recommends prometheus" in told("test")
+
+
 def test_secrets_are_drawn_once_and_private(tmp_path):
+    (tmp_path := tmp_path / "deploy").mkdir()
     shutil.copy(DEPLOY / "stack.py", tmp_path)
     (tmp_path / ".env").write_text("HMS_UID=0\nHMS_DEPLOYMENT_SERVICE_PORT=9000\n")
     run = lambda: subprocess.run([sys.executable, "stack.py", "secrets"], cwd=tmp_path, check=True, capture_output=True)
@@ -267,8 +338,23 @@ def test_secrets_are_drawn_once_and_private(tmp_path):
     assert read() == first
 
 
+def test_a_fresh_clone_has_every_folder_that_is_mounted(compose, tmp_path):
+    "What is missing the engine would make, for root: MLflow could not write its file beside the runs."
+    (tmp_path / "deploy").mkdir()
+    shutil.copy(DEPLOY / "stack.py", tmp_path / "deploy")
+    subprocess.run([sys.executable, "stack.py", "secrets"], cwd=tmp_path / "deploy", check=True, capture_output=True)
+    sources = [v.rsplit(":ro", 1)[0].split(":")[0] for s in compose["services"].values() for v in s.get("volumes", [])]
+    made = [tmp_path / "deploy" / s for s in sources if s.startswith(("./state", "../"))] + [tmp_path / "deploy/state/outputs/tmp"]
+    assert tmp_path / "outputs/runs" in [p.resolve() for p in made] and all(p.is_dir() for p in made), made
+    store = next(w for w in compose["services"]["mlflow"]["command"] if w.startswith("sqlite:"))
+    assert store.startswith("sqlite:////srv/hms/outputs/runs/") and "../outputs:/srv/hms/outputs" in compose["services"]["mlflow"]["volumes"]
+    owner = int(re.search(r"HMS_UID=(\d+)", (tmp_path / "deploy/.env").read_text())[1])
+    assert owner and {p.stat().st_uid for p in (tmp_path / "outputs/runs", tmp_path / "deploy/state/outputs/tmp")} == {owner}
+
+
 DOCKER = """#!/bin/sh
 echo "$@" >> "$LOG"
+echo "told $HMS_DEPLOYMENT_APP_PORT $HMS_DEPLOYMENT_DASH_PORT" >> "$LOG"
 case "$*" in *"token create"*) echo a.signed.token;; esac
 case "$*" in *" --wait "*) exit $UP;; esac
 """
@@ -296,8 +382,25 @@ def test_up_waits_and_signs_a_token(stack, tmp_path):
     assert (tmp_path / "deploy/state/secrets/grafana_password").read_text() not in done.stdout + told
     done, _ = stack("up", up=1)
     assert done.returncode == 1 and "see make logs" in done.stderr
+    (tmp_path / "deploy/state/outputs/tmp/hms_x").mkdir()
+    (tmp_path / "deploy/state/outputs/tmp/hms_x/upload").write_text("of a service that was killed")
     done, told = stack("down")
-    assert done.returncode == 0 and told.splitlines()[-1].endswith("down --remove-orphans --timeout 40")
+    assert list((tmp_path / "deploy/state/outputs/tmp").iterdir()) == []
+    assert done.returncode == 0 and told.splitlines()[-2].endswith("down --remove-orphans --timeout 40")
+
+
+def test_up_signs_a_token_for_the_dashboards(stack, tmp_path):
+    done, _ = stack("up", "dash")
+    assert done.returncode == 0 and (tmp_path / "deploy/state/secrets/metrics_token").read_text() == "a.signed.token", done.stderr
+    assert "http://127.0.0.1:8050" in done.stdout and "http://127.0.0.1:7860" in done.stdout
+
+
+def test_ports_come_from_settings_then_env_file_then_environment(stack, tmp_path):
+    (tmp_path / "settings.ini").write_text("[deployment]\napp_port = 1111  # ours\ndash_port = 2222\nlab_port = 3333\n")
+    (tmp_path / "deploy/.env").write_text("HMS_DEPLOYMENT_DASH_PORT=4444\nHMS_DEPLOYMENT_LAB_PORT=\n")
+    done, _ = stack("up", "dash", "dev", "track")
+    assert re.findall(r"(\w+) +http://127.0.0.1:(\d+)", done.stdout) == [("app", "1111"), ("dash", "4444"), ("lab", "3333"), ("mlflow", "5000")]
+    assert "told 1111 4444" in (tmp_path / "log").read_text()
 
 
 def test_without_an_engine_one_clear_line(stack):
@@ -327,63 +430,108 @@ def test_health_asks(tmp_path):
     server.shutdown()
 
 
-@pytest.mark.slow
-def test_the_steps_of_target_serve(tmp_path_factory):
-    "The RUN lines of the Dockerfile, word for word, in an empty folder, by a user without rights; then the service that they made."
-    folder = tmp_path_factory.mktemp("image")
-    user = 65534 if os.getuid() == 0 else os.getuid()
-    for parent in (folder, *folder.parents):
-        if Path(tempfile.gettempdir()).resolve() in parent.resolve().parents: parent.chmod(0o755)
-    as_user = {"user": user, "group": user, "extra_groups": []} if os.getuid() == 0 else {}
-    def usable(python):
-        try: return subprocess.run([python, "-c", "import ensurepip, sys; sys.exit(sys.version_info < (3, 11))"], **as_user).returncode == 0
-        except OSError: return False
+# the steps of the targets, without an engine
+
+USER = 65534 if os.getuid() == 0 else os.getuid()
+AS_USER = {"user": USER, "group": USER, "extra_groups": []} if os.getuid() == 0 else {}
+
+
+def usable(python):
+    "Whether a user without rights may run it and make environments with it."
+    try: return subprocess.run([python, "-c", "import ensurepip, sys; sys.exit(sys.version_info < (3, 11))"], **AS_USER).returncode == 0
+    except OSError: return False
+
+
+def own(folder):
+    if os.getuid() == 0: subprocess.run(["chown", "-R", str(USER), str(folder)], check=True)
+
+
+def take_steps(target, folder):
+    "What the Dockerfile says of a target, word for word, below a folder instead of /: the folder it ends in, and its variables."
     python = next((p for p in (os.path.realpath(sys.executable), "/usr/bin/python3") if usable(p)), None)
     if python is None: pytest.skip("no Python 3.11 or newer that a user without rights may run")
     inside = lambda path: folder / path.lstrip("/")
     env = {k: v for k, v in os.environ.items() if k.startswith(("PIP_", "SSL_", "REQUESTS_"))} | {"PATH": f"{folder}/bin:/usr/local/bin:/usr/bin:/bin", "HOME": str(folder / "tmp")}
-    (folder / "bin").mkdir()
+    for name in ("bin", "tmp", "opt"): (folder / name).mkdir()
     (folder / "bin/python").symlink_to(python)
-    (folder / "tmp").mkdir()
-    (folder / "opt").mkdir()
-    def own():
-        if os.getuid() == 0: subprocess.run(["chown", "-R", str(user), str(folder)], check=True)
     where = folder
-    for word, rest in chain("serve"):
+    for word, rest in chain(target):
         if word == "WORKDIR": (where := inside(rest)).mkdir(parents=True, exist_ok=True)
         elif word == "ENV":
             for k, v in (pair.split("=", 1) for pair in shlex.split(rest)):
                 v = v.replace("${PATH}", env["PATH"]).replace("/opt/hms", str(folder / "opt/hms"))
                 env[k] = str(inside(v)) if k in ("HMS_ROOT", "HOME") else v
         elif word == "COPY" and not rest.startswith("--from"):
-            *sources, target = rest.split()
+            *sources, to = rest.split()
             for s in sources:
-                if (ROOT / s).is_dir(): shutil.copytree(ROOT / s, where / target, ignore=shutil.ignore_patterns("__pycache__"))
-                else: shutil.copy(ROOT / s, where / target)
+                if (ROOT / s).is_dir(): shutil.copytree(ROOT / s, where / to, ignore=shutil.ignore_patterns("__pycache__"))
+                else: shutil.copy(ROOT / s, where / to)
         elif word == "RUN":
-            own()
-            done = subprocess.run(["/bin/sh", "-c", rest], cwd=where, env=env, capture_output=True, text=True, **as_user)
+            own(folder)
+            done = subprocess.run(["/bin/sh", "-c", rest], cwd=where, env=env, capture_output=True, text=True, **AS_USER)
             assert done.returncode == 0, f"RUN {rest}\n{done.stdout[-1500:]}\n{done.stderr[-1500:]}"
-    (where / "outputs").mkdir()
-    own()
-    (where / "secret").write_text("a secret of more than thirty-two bytes")
-    (where / "secret").chmod(0o600)
-    own()
-    port = free_port()
-    env |= {"HMS_DEPLOYMENT_HOST": "0.0.0.0", "HMS_DEPLOYMENT_SERVICE_PORT": str(port), "HMS_DEPLOYMENT_AUTH": "on", "HMS_DEPLOYMENT_HOSTS": "serve,localhost", "HMS_DEPLOYMENT_SECRET_FILE": "secret"}
-    installed = subprocess.run([str(folder / "opt/hms/bin/pip"), "list"], env=env, capture_output=True, text=True).stdout
-    assert re.search(r"pyarrow +26", installed) and not re.search(r"^torch ", installed, re.M)
-    process = subprocess.Popen(json.loads(next(rest for word, rest in chain("serve")[::-1] if word == "CMD")), cwd=where, env=env, stderr=subprocess.PIPE, text=True, **as_user)
+    return where, env
+
+
+def filled(text, told):
+    "A text of compose.yml with its variables."
+    return re.sub(r"\$\{(\w+):[-?]([^}]*)\}", lambda m: told.get(m[1]) or m[2], text).replace("$$", "$")
+
+
+def word_of(target, name):
+    return next(rest for word, rest in chain(target)[::-1] if word == name)
+
+
+def runs_as_in_compose(service, folder, where, base):
+    "Start a service with the command and the variables of compose.yml, ask its health check until it is well, end it; what it said."
+    import psutil
+
+    port, target = str(free_port()), service["build"]["target"]
+    told = {f"HMS_DEPLOYMENT_{k.upper()}": port for k in DEFAULTS["deployment"] if k.endswith("_port")}
+    here = lambda text: re.sub(r"(?<![\w.])/(srv/hms|run/secrets)", rf"{folder}/\1", text)
+    env = base | {k: here(filled(v, told)) for k, v in service.get("environment", {}).items()}
+    if "HMS_DEPLOYMENT_SERVICE_PORT" in env and service.get("ports"): env["HMS_DEPLOYMENT_SERVICE_PORT"] = port
+    if "TMPDIR" in env: Path(env["TMPDIR"]).mkdir(parents=True, exist_ok=True)
+    own(where / "outputs")
+    command = [here(filled(w, told)) for w in service.get("command") or json.loads(word_of(target, "CMD"))]
+    check = service["healthcheck"]["test"][1:] if "healthcheck" in service else json.loads(word_of(target, "HEALTHCHECK").partition("CMD ")[2])
+    with open(folder / "tmp/said", "w+") as said:
+        process = subprocess.Popen(command, cwd=where, env=env, stdout=said, stderr=said, start_new_session=True, **AS_USER)
+        try:
+            deadline = time.monotonic() + 240
+            while subprocess.run(check, cwd=where, env=env, capture_output=True, **AS_USER).returncode:
+                assert process.poll() is None and time.monotonic() < deadline, (folder / "tmp/said").read_text()[-3000:]
+                time.sleep(1)
+            ports = {c.laddr.port for p in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)] for c in p.net_connections("inet") if c.status == "LISTEN" and c.laddr.ip != "127.0.0.1"}
+            assert ports == ({int(port)} if service.get("ports") else set()), "listens where others are"
+            return (folder / "tmp/said").read_text()
+        finally:
+            process.terminate()
+            process.wait(60)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target, services, absent", [("serve", ["serve"], "torch gradio voila"), ("app", ["app"], "torch fastapi-offline voila"), ("dash", ["dash", "lab"], "torch mlflow"), ("train", ["mlflow"], "gradio voila")])
+def test_the_steps_of_each_target(target, services, absent, compose):
+    "The RUN lines of the Dockerfile in an empty folder, by a user without rights; then every service that compose.yml makes of them, on a root that is not theirs to write."
+    folder = Path(tempfile.mkdtemp(prefix=f"hms_{target}_"))  # pytest's own folders are closed to other users
+    folder.chmod(0o755)
     try:
-        check = next(rest for word, rest in chain("serve")[::-1] if word == "HEALTHCHECK").partition("CMD ")[2].replace("8000", str(port))
-        deadline = time.monotonic() + 180
-        while subprocess.run([str(folder / "opt/hms/bin/python"), *json.loads(check)[1:]], capture_output=True).returncode:
-            assert process.poll() is None, process.stderr.read()
-            assert time.monotonic() < deadline
-            time.sleep(1)
-        assert json.load(urlopen(f"http://127.0.0.1:{port}/health"))["status"] == "ok"
-        assert sorted(p.name for p in (where / "outputs").iterdir()) == ["audit", "jobs"]
+        where, env = take_steps(target, folder)
+        for place in (where / "outputs/runs", where / "runs", where / "data", folder / "run/secrets"): place.mkdir(parents=True)
+        for name in ("hms_secret", "metrics_token"): (folder / "run/secrets" / name).write_text("a secret of more than thirty-two bytes")
+        for path in (folder / "run/secrets").iterdir(): path.chmod(0o600)
+        own(folder)
+        subprocess.run(["chmod", "-R", "a-w", str(folder / "opt"), str(where)], check=True)
+        subprocess.run(["chmod", "-R", "u+w", str(where / "outputs")], check=True)
+        installed = subprocess.run([str(folder / "opt/hms/bin/pip"), "list"], env=env, capture_output=True, text=True, **AS_USER).stdout
+        assert re.search(rf"^pyarrow +{25 if target == 'train' else 26}", installed, re.M) and not [p for p in absent.split() if re.search(rf"^{p} ", installed, re.M)]
+        assert subprocess.run(["hms", "--version"], cwd=where, env=env, capture_output=True, **AS_USER).returncode == 0
+        for name in services:
+            said = runs_as_in_compose(compose["services"][name], folder, where, env)
+            assert "Traceback" not in said, said
+            if name == "dash": assert re.search(r"http://127\.0\.0\.1:\d+/\?token=\S{16}", said)
+        if target == "serve": assert sorted(p.name for p in (where / "outputs").iterdir()) == ["audit", "jobs", "runs", "tmp"] and not list((where / "outputs/tmp").glob("[!.]*"))
     finally:
-        process.terminate()
-        process.communicate(timeout=60)
-    assert process.returncode == 0
+        subprocess.run(["chmod", "-R", "u+w", str(folder)])
+        shutil.rmtree(folder, ignore_errors=True)
