@@ -1,6 +1,7 @@
 """The house rules: generated files are current, notebooks stay small, layers point downwards, the base has no torch."""
 import ast
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -150,6 +151,16 @@ def test_readme_in_sync():
     from hms_brain.docs import render_readme
 
     assert (ROOT / "README.md").read_text() == render_readme(ROOT / "nbs/index.ipynb"), "run `make format`"
+
+
+@pytest.mark.parametrize("command", ["evaluate", "report", "export"])
+def test_make_leaves_the_newest_run_to_the_command(command, tmp_path):
+    "A folder that looks like a training is not one that ended well."
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    (tmp_path / "outputs/runs/20990101-000000-train").mkdir(parents=True)
+    told = lambda *words: subprocess.run(["make", "-n", command, *words], cwd=tmp_path, capture_output=True, text=True, check=True, env=os.environ | {"RUN": ""}).stdout.split()
+    for name in ("base.lock", "all.lock", "pyproject.toml"): (tmp_path / name).touch()
+    assert told()[-2:] == [".venv/bin/hms", command] and told("RUN=mine")[-2:] == [command, "mine"]
 
 
 def test_light_modules_need_no_torch():
