@@ -171,13 +171,13 @@ def spectrogram(
     no_filter: Annotated[bool, typer.Option("--no-filter", help="the recording is already filtered to 0.5-40 Hz")] = False,
 ):
     "The host's regional spectrogram in Kaggle's layout (time and 400 columns)."
-    from hms_brain.core import atomic_path
+    from hms_brain.core import save_frame
     from hms_brain.records import read_recording
     from hms_brain.spectrogram import BAND, regional_table
     if out.suffix.lower() != ".parquet": raise InputError("must end in .parquet", str(out), "the layout is Kaggle's")
     recording = read_recording(file)
     table = regional_table(recording.eeg, recording.fs, start=start, band=None if no_filter else BAND)
-    with atomic_path(out) as tmp: table.to_parquet(tmp, index=False)
+    save_frame(out, table)
     print(f"{out}: {len(table)} rows, {table.shape[1]} columns")
 
 # %% ../nbs/90_cli.ipynb #9173c320

@@ -24,7 +24,7 @@ import pandas as pd
 
 from .bundle import Bundle, MANIFEST, default_bundle, read_bundle_files
 from .catalog import OFFSETS, TEST_COLUMNS, ask_kaggle, check_columns, label_runs, read_table, read_test, read_train, submission_table
-from .core import CONTEXT_S, FS, NOTICE, VOTE_COLUMNS, WINDOW_S, InputError, atomic_path, get_settings, read_json, sha256_file, with_progress, write_json
+from .core import CONTEXT_S, FS, NOTICE, VOTE_COLUMNS, WINDOW_S, InputError, atomic_path, get_settings, read_json, save_frame, sha256_file, with_progress, write_json
 from .metrics import match_answers
 from .predict import Predictor, as_votes
 from .records import read_context, read_recording
@@ -91,7 +91,7 @@ def hold_out(
         spectrogram = pd.read_parquet(data / f"train_spectrograms/{r['spectrogram_file']}.parquet")
         spectrogram = spectrogram[(spectrogram["time"] >= r[OFFSETS[1]]) & (spectrogram["time"] < r[OFFSETS[1]] + CONTEXT_S)]
         for kind, table in (("eeg", eeg), ("spectrogram", spectrogram)):
-            with atomic_path(folder / f"test_{kind}s" / f"{r['eeg_id']}.parquet") as tmp: table.reset_index(drop=True).to_parquet(tmp, index=False)
+            save_frame(folder / f"test_{kind}s" / f"{r['eeg_id']}.parquet", table)
     for name, columns in (("test.csv", TEST_COLUMNS), ("votes.csv", ("eeg_id", *VOTE_COLUMNS))):
         with atomic_path(folder / name) as tmp: rows[list(columns)].to_csv(tmp, index=False)
     return folder

@@ -153,6 +153,21 @@ def test_readme_in_sync():
     assert (ROOT / "README.md").read_text() == render_readme(ROOT / "nbs/index.ipynb"), "run `make format`"
 
 
+def shown(path, code):
+    "What the cell with that line printed when it last ran."
+    cell = next(c for c in cells(path, "code") if code in source(c))
+    return "".join("".join(o.get("text") or o["data"]["text/plain"]) for o in cell["outputs"])
+
+
+def test_outputs_are_of_the_present_version():
+    "The same call shows the same in README and first tutorial, and the page on the house lists the notebooks as they call themselves."
+    from hms_brain.docs import library
+
+    assert shown(ROOT / "nbs/index.ipynb", "prediction.to_frame()") == shown(ROOT / "nbs/tutorials/00_first_recording.ipynb", "prediction.to_frame()")
+    listed = "".join(f"{notebook:24} {sentence}\n" for notebook, sentence in library(ROOT / "nbs").items())
+    assert shown(ROOT / "nbs/architecture.ipynb", "library()") == listed, "run nbs/architecture.ipynb again"
+
+
 @pytest.mark.parametrize("command", ["evaluate", "report", "export"])
 def test_make_leaves_the_newest_run_to_the_command(command, tmp_path):
     "A folder that looks like a training is not one that ended well."
