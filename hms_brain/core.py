@@ -7,9 +7,9 @@ Docs: https://hms-brain.github.io/hms_brain/core.html.md"""
 # %% auto #0
 __all__ = ['CLASSES', 'CLASS_LABELS', 'VOTE_COLUMNS', 'CHANNELS', 'EKG', 'HMS_COLUMNS', 'REGIONS', 'FS', 'WINDOW_S', 'CONTEXT_S',
            'CENTRE_S', 'NOTICE', 'LOOPBACK', 'DEFAULTS', 'mirror_index', 'InputError', 'find_root', 'read_ini',
-           'did_you_mean', 'get_settings', 'setting_path', 'rng_for', 'disk_reason', 'atomic_path', 'to_jsonable',
-           'write_json', 'read_json', 'save_frame', 'load_frame', 'sha256_file', 'Registry', 'keep_to_one_core',
-           'with_progress', 'parallel_map']
+           'did_you_mean', 'get_settings', 'setting_path', 'rng_for', 'disk_reason', 'atomic_path', 'atomic_folder',
+           'to_jsonable', 'write_json', 'read_json', 'save_frame', 'load_frame', 'sha256_file', 'Registry',
+           'keep_to_one_core', 'with_progress', 'parallel_map']
 
 # %% ../nbs/00_core.ipynb #82574faf
 import hashlib
@@ -188,6 +188,27 @@ def atomic_path(
         raise InputError(f"cannot write it ({reason})", str(path), "check the free space and the folder's permissions") from e
     finally:
         with suppress(OSError): tmp.unlink(missing_ok=True)
+
+# %% ../nbs/00_core.ipynb #0af04284
+@contextmanager
+def atomic_folder(
+    path: str | os.PathLike,  # the folder to make
+) -> Iterator[Path]:  # an empty folder beside it
+    "Fill the yielded folder; it replaces `path` only if the block ends well. Raises `InputError` when the disk refuses."
+    import shutil
+    path = Path(path)
+    new, old = (path.with_name(f".{path.name}.{os.getpid()}.{word}") for word in ("new", "old"))
+    try:
+        new.mkdir(parents=True)
+        yield new
+        if path.exists(): os.rename(path, old)
+        os.rename(new, path)
+    except Exception as e:
+        if isinstance(e, InputError) or (reason := disk_reason(e)) is None: raise
+        raise InputError(f"cannot write it ({reason})", str(path), "check the free space and the folder's permissions") from e
+    finally:
+        if old.exists() and not path.exists(): os.rename(old, path)
+        for rest in (new, old): shutil.rmtree(rest, ignore_errors=True)
 
 # %% ../nbs/00_core.ipynb #1f06960e
 def to_jsonable(value):
