@@ -3,7 +3,6 @@ PYTHON ?= python3
 VENV   := .venv
 DEMO   := .venv-demo
 HMS    := $(VENV)/bin/hms
-RUN    ?= $(shell ls -td outputs/runs/*-train 2>/dev/null | head -1)
 
 export OMP_NUM_THREADS ?= 1
 .DEFAULT_GOAL := help

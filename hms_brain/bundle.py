@@ -14,7 +14,6 @@ __all__ = ['FORMAT', 'MANIFEST', 'FILES', 'UNCERTAINTY', 'DRIFT', 'OPTIONAL', 'P
 import hashlib
 import json
 import os
-import shutil
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -23,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .core import CLASSES, FS, NOTICE, InputError, find_root, get_settings
+from .core import CLASSES, FS, NOTICE, InputError, atomic_folder, find_root, get_settings
 from .models.core import SHARED_S, without_weights
 from .preprocess import Preprocess
 from .runs import now, versions
@@ -322,20 +321,12 @@ def place_bundle(
 ):
     "Write a bundle's files as a whole. Raises `InputError` when the place is taken by something else."
     if out.exists() and not ((out / MANIFEST).is_file() or (out.is_dir() and not any(out.iterdir()))): raise InputError("is in the way and not a bundle", str(out), "choose another folder")
-    new, old = (out.with_name(f".{out.name}.{os.getpid()}.{word}") for word in ("new", "old"))
-    try:
-        new.mkdir(parents=True)
+    with atomic_folder(out) as new:
         for name, data in (files | {MANIFEST: seal_files(files)}).items():
             with open(new / name, "wb") as f:
                 f.write(data)
                 f.flush()
                 os.fsync(f.fileno())
-        if out.exists(): os.rename(out, old)
-        os.rename(new, out)
-    except OSError as e: raise InputError(f"cannot write it ({e.strerror or e})", str(out), "check the free space and the folder's permissions") from e
-    finally:
-        if old.exists() and not out.exists(): os.rename(old, out)
-        for rest in (new, old): shutil.rmtree(rest, ignore_errors=True)
 
 # %% ../nbs/70_bundle.ipynb #1f601eb3
 def export_bundle(

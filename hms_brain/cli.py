@@ -19,7 +19,7 @@ from typing import Annotated
 import typer
 from typer.core import TyperCommand
 
-from .console import FileArg, JsonOption, app, parse_channels, print_json, print_table, say
+from .console import BundleOption, ChannelOption, FileArg, JsonOption, UnitOption, app, parse_channels, print_json, print_table, say
 from .core import CLASS_LABELS, NOTICE, InputError
 from .runs import RunFailed
 
@@ -39,11 +39,11 @@ def print_prediction(prediction, recording):
 @app.command()
 def predict(
     file: FileArg,
-    bundle: Annotated[Path | None, typer.Option(help="folder of a bundle; default: the packaged one")] = None,
+    bundle: BundleOption = None,
     at: Annotated[float | None, typer.Option(help="centre of the window, s from the beginning; default: the middle")] = None,
     context: Annotated[Path | None, typer.Option(help="HMS spectrogram parquet around the same instant")] = None,
-    channel: Annotated[list[str] | None, typer.Option(metavar="LABEL=ELECTRODE", help="map a channel by hand, as often as needed")] = None,
-    unit: Annotated[str | None, typer.Option(help="unit of the samples where the file is silent or wrong")] = None,
+    channel: ChannelOption = None,
+    unit: UnitOption = None,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="also write .html, .csv or .json")] = None,
     as_json: JsonOption = False,
 ):
@@ -77,14 +77,14 @@ def scan(
     source: Annotated[str, typer.Argument(help="a recording, a folder, or a pattern such as 'archive/*.edf'")],
     out: Annotated[Path, typer.Option("-o", "--out", help="folder for the results")],
     step: Annotated[float, typer.Option(help="s between windows")] = 2.0,
-    bundle: Annotated[Path | None, typer.Option(help="folder of a bundle; default: the packaged one")] = None,
+    bundle: BundleOption = None,
     threads: Annotated[int | None, typer.Option(help="default: [system] threads")] = None,
     annotated: Annotated[bool, typer.Option(help="also write a copy of the recording with its events")] = False,
     names: Annotated[bool, typer.Option("--names", help="archives: keep the names of the files in archive.json")] = False,
     reference: Annotated[Path | None, typer.Option(help="a reader's marks (TSV of SzCORE or BIDS): score the seizures")] = None,
-    cluster: Annotated[str | None, typer.Option(help="address of a dask scheduler, for archives; default: processes of this machine")] = None,
-    channel: Annotated[list[str] | None, typer.Option(metavar="LABEL=ELECTRODE", help="map a channel by hand, as often as needed")] = None,
-    unit: Annotated[str | None, typer.Option(help="unit of the samples where the file is silent or wrong")] = None,
+    cluster: Annotated[str | None, typer.Option(help="address of a dask scheduler, for archives; default: [system] workers processes of this machine")] = None,
+    channel: ChannelOption = None,
+    unit: UnitOption = None,
     as_json: JsonOption = False,
 ):
     "Classify whole recordings: six probabilities every step, events, burden per hour, reports."
@@ -171,13 +171,13 @@ def spectrogram(
     no_filter: Annotated[bool, typer.Option("--no-filter", help="the recording is already filtered to 0.5-40 Hz")] = False,
 ):
     "The host's regional spectrogram in Kaggle's layout (time and 400 columns)."
-    from hms_brain.core import atomic_path
+    from hms_brain.core import save_frame
     from hms_brain.records import read_recording
     from hms_brain.spectrogram import BAND, regional_table
     if out.suffix.lower() != ".parquet": raise InputError("must end in .parquet", str(out), "the layout is Kaggle's")
     recording = read_recording(file)
     table = regional_table(recording.eeg, recording.fs, start=start, band=None if no_filter else BAND)
-    with atomic_path(out) as tmp: table.to_parquet(tmp, index=False)
+    save_frame(out, table)
     print(f"{out}: {len(table)} rows, {table.shape[1]} columns")
 
 # %% ../nbs/90_cli.ipynb #9173c320
@@ -246,7 +246,7 @@ def pack_folder(given: Path | None) -> Path:
 @kaggle.command()
 def pack(
     folder: PackArg = None,
-    bundle: Annotated[Path | None, typer.Option(help="folder of a bundle; default: the packaged one")] = None,
+    bundle: BundleOption = None,
     name: Annotated[str, typer.Option(help="of the kernel, as in its address")] = "hms-brain-inference",
     user: Annotated[str, typer.Option(help="Kaggle account; default: that of the token at push")] = "",
     python: Annotated[list[str] | None, typer.Option(help="Python that wheels are packed for, as often as needed; default: this one and Kaggle's")] = None,
@@ -291,7 +291,7 @@ def submit(
 def answer(
     data: Annotated[Path, typer.Argument(help="folder with test.csv, test_eegs and test_spectrograms")],
     out: Annotated[Path, typer.Option("-o", "--out", help="submission.csv to write")],
-    bundle: Annotated[Path | None, typer.Option(help="folder of a bundle; default: the packaged one")] = None,
+    bundle: BundleOption = None,
 ):
     "Answer every row of a test set: six votes each, checked as Kaggle checks them."
     from hms_brain.core import atomic_path

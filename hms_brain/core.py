@@ -7,8 +7,9 @@ Docs: https://hms-brain.github.io/hms_brain/core.html.md"""
 # %% auto #0
 __all__ = ['CLASSES', 'CLASS_LABELS', 'VOTE_COLUMNS', 'CHANNELS', 'EKG', 'HMS_COLUMNS', 'REGIONS', 'FS', 'WINDOW_S', 'CONTEXT_S',
            'CENTRE_S', 'NOTICE', 'LOOPBACK', 'DEFAULTS', 'mirror_index', 'InputError', 'find_root', 'read_ini',
-           'did_you_mean', 'get_settings', 'setting_path', 'rng_for', 'disk_reason', 'atomic_path', 'to_jsonable',
-           'write_json', 'read_json', 'sha256_file', 'Registry', 'keep_to_one_core', 'with_progress', 'parallel_map']
+           'did_you_mean', 'get_settings', 'setting_path', 'rng_for', 'disk_reason', 'atomic_path', 'atomic_folder',
+           'to_jsonable', 'write_json', 'read_json', 'save_frame', 'load_frame', 'sha256_file', 'Registry',
+           'keep_to_one_core', 'with_progress', 'parallel_map']
 
 # %% ../nbs/00_core.ipynb #82574faf
 import hashlib
@@ -19,6 +20,10 @@ from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 # %% ../nbs/00_core.ipynb #4d761cb3
 CLASSES = ("seizure", "lpd", "gpd", "lrda", "grda", "other")
@@ -185,6 +190,27 @@ def atomic_path(
     finally:
         with suppress(OSError): tmp.unlink(missing_ok=True)
 
+# %% ../nbs/00_core.ipynb #0af04284
+@contextmanager
+def atomic_folder(
+    path: str | os.PathLike,  # the folder to make
+) -> Iterator[Path]:  # an empty folder beside it
+    "Fill the yielded folder; it replaces `path` only if the block ends well. Raises `InputError` when the disk refuses."
+    import shutil
+    path = Path(path)
+    new, old = (path.with_name(f".{path.name}.{os.getpid()}.{word}") for word in ("new", "old"))
+    try:
+        new.mkdir(parents=True)
+        yield new
+        if path.exists(): os.rename(path, old)
+        os.rename(new, path)
+    except Exception as e:
+        if isinstance(e, InputError) or (reason := disk_reason(e)) is None: raise
+        raise InputError(f"cannot write it ({reason})", str(path), "check the free space and the folder's permissions") from e
+    finally:
+        if old.exists() and not path.exists(): os.rename(old, path)
+        for rest in (new, old): shutil.rmtree(rest, ignore_errors=True)
+
 # %% ../nbs/00_core.ipynb #1f06960e
 def to_jsonable(value):
     "Numpy scalars and arrays, paths and tuples as plain JSON types."
@@ -209,6 +235,23 @@ def read_json(
     try: return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError: raise InputError("is not there", str(path), "check the path") from None
     except (ValueError, UnicodeDecodeError) as e: raise InputError(f"is not JSON ({e})", str(path), "write it again") from None
+
+# %% ../nbs/00_core.ipynb #a41bc059
+def save_frame(
+    path: str | os.PathLike,  # .parquet
+    frame: "DataFrame",  # its index is dropped
+):
+    "Write a table as parquet, whole or not at all, with a checksum for every page."
+    with atomic_path(path) as tmp: frame.to_parquet(tmp, index=False, write_page_checksum=True)
+
+def load_frame(
+    path: str | os.PathLike,  # .parquet
+) -> "DataFrame":
+    "Read a parquet table; checksums of its pages are compared where it has them. Raises `InputError` when it is absent or damaged."
+    import pandas as pd
+    try: return pd.read_parquet(path, page_checksum_verification=True)
+    except FileNotFoundError: raise InputError("is not there", str(path), "check the path") from None
+    except Exception as e: raise InputError(f"is not readable as parquet ({str(e)[:80]})", str(path), "write it again") from None
 
 # %% ../nbs/00_core.ipynb #442675a5
 def sha256_file(

@@ -20,7 +20,7 @@ import pandas as pd
 
 from .batches import Relabelled, Split, votes_of
 from .catalog import soft_votes
-from .core import CLASSES, VOTE_COLUMNS, InputError, atomic_path, rng_for, write_json
+from .core import CLASSES, VOTE_COLUMNS, InputError, atomic_path, rng_for, save_frame, write_json
 from .metrics import PROBABILITIES, bootstrap_by_patient, kl_divergence, kl_rows, softmax
 from .recipe import Recipe
 from .runs import record_run
@@ -162,7 +162,7 @@ def crossval(
             if not found["passed"]: raise InputError(f"the audit failed: {found}", str(folder), "look for patients on both sides, or for labels that leak")
         runs = [fold_run(view(int(f)) if view else cache, replace(recipe, fold=int(f)), folder / f"fold-{f}", model_settings=model_settings, threads=threads, mirrors=mirrors, say=say) for f in folds]
         oof = out_of_fold(runs)
-        with atomic_path(folder / "oof.parquet") as tmp: oof.to_parquet(tmp, index=False)
+        save_frame(folder / "oof.parquet", oof)
         with atomic_path(folder / "table.csv") as tmp: crossval_table(oof).to_csv(tmp, index=False)
     follow(folder, mirrors)
     return oof

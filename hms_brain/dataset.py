@@ -22,8 +22,8 @@ import numpy as np
 import pandas as pd
 
 from .catalog import OFFSETS, check_space, find_table, label_runs, patient_folds, read_train, spread_runs, vote_stratum
-from .core import (CHANNELS, CLASSES, CONTEXT_S, FS, VOTE_COLUMNS, WINDOW_S, InputError, atomic_path, get_settings, parallel_map,
-                            read_json, rng_for, setting_path, sha256_file, to_jsonable, write_json)
+from .core import (CHANNELS, CLASSES, CONTEXT_S, FS, VOTE_COLUMNS, WINDOW_S, InputError, atomic_path, get_settings, load_frame, parallel_map,
+                            read_json, rng_for, save_frame, setting_path, sha256_file, to_jsonable, write_json)
 from .records import read_context, read_recording
 
 # %% ../nbs/20_dataset.ipynb #9f716d85
@@ -210,7 +210,7 @@ def finish(
     rejected = pd.DataFrame([w for r in records for w in r["rejected"]], columns=[*INDEX_COLUMNS, "reason"])
     with atomic_path(folder / "rejected.csv") as tmp: rejected.to_csv(tmp, index=False)
     if windows.empty: raise InputError(f"none of {len(rejected)} windows could be used; the first: {rejected['reason'].iloc[0]}", folder / "rejected.csv", "mend the data set")
-    with atomic_path(folder / "index.parquet") as tmp: windows.to_parquet(tmp, index=False)
+    save_frame(folder / "index.parquet", windows)
     files = {f"shards/{name}": entry for r in records for name, entry in r["files"].items()}
     for name in ("index.parquet", "rejected.csv", *(f"shards/rows-{i:05d}.json" for i in range(len(records)))):
         files[name] = {"bytes": (folder / name).stat().st_size, "sha256": sha256_file(folder / name)}
@@ -277,7 +277,7 @@ class WindowCache:
         self.manifest: dict = read_sealed(self.folder / "manifest.json")
         if self.manifest.get("format") != CACHE_FORMAT: raise InputError(f"has format {self.manifest.get('format')}, not {CACHE_FORMAT}", self.folder, "run hms prepare again")
         check_files(self.folder, self.manifest["files"], verify)
-        self.index: pd.DataFrame = pd.read_parquet(self.folder / "index.parquet")
+        self.index: pd.DataFrame = load_frame(self.folder / "index.parquet")
         self.inputs: tuple[str, ...] = ("eeg", "image")
         self._open: dict = {}
 

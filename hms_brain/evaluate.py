@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .catalog import find_table, read_table, soft_votes, vote_stratum
-from .core import CLASSES, VOTE_COLUMNS, InputError, did_you_mean, to_jsonable
+from .core import CLASSES, VOTE_COLUMNS, InputError, did_you_mean, load_frame, to_jsonable
 from .metrics import (PROBABILITIES, calibration_gaps, check_probabilities, check_votes, confusion, interval, kl_rows, patient_draws, ratio,
                                scores, weighted_scores)
 
@@ -61,8 +61,7 @@ def read_source(
     if isinstance(source, pd.DataFrame): return source.reset_index(drop=True), None
     path = find_answers(source)
     if path.suffix != ".parquet": return read_table(path), path
-    try: return pd.read_parquet(path), path
-    except Exception as e: raise InputError(f"is not readable as parquet ({str(e)[:80]})", path, "write it again") from None
+    return load_frame(path), path
 
 # %% ../nbs/50_evaluate.ipynb #73e876b2
 def load_answers(

@@ -24,7 +24,7 @@ import pandas as pd
 
 from .bundle import Bundle, MANIFEST, default_bundle, read_bundle_files
 from .catalog import OFFSETS, TEST_COLUMNS, ask_kaggle, check_columns, label_runs, read_table, read_test, read_train, submission_table
-from .core import CONTEXT_S, FS, NOTICE, VOTE_COLUMNS, WINDOW_S, InputError, atomic_path, get_settings, read_json, sha256_file, with_progress, write_json
+from .core import CONTEXT_S, FS, NOTICE, VOTE_COLUMNS, WINDOW_S, InputError, atomic_folder, atomic_path, get_settings, read_json, save_frame, sha256_file, with_progress, write_json
 from .metrics import match_answers
 from .predict import Predictor, as_votes
 from .records import read_context, read_recording
@@ -91,7 +91,7 @@ def hold_out(
         spectrogram = pd.read_parquet(data / f"train_spectrograms/{r['spectrogram_file']}.parquet")
         spectrogram = spectrogram[(spectrogram["time"] >= r[OFFSETS[1]]) & (spectrogram["time"] < r[OFFSETS[1]] + CONTEXT_S)]
         for kind, table in (("eeg", eeg), ("spectrogram", spectrogram)):
-            with atomic_path(folder / f"test_{kind}s" / f"{r['eeg_id']}.parquet") as tmp: table.reset_index(drop=True).to_parquet(tmp, index=False)
+            save_frame(folder / f"test_{kind}s" / f"{r['eeg_id']}.parquet", table)
     for name, columns in (("test.csv", TEST_COLUMNS), ("votes.csv", ("eeg_id", *VOTE_COLUMNS))):
         with atomic_path(folder / name) as tmp: rows[list(columns)].to_csv(tmp, index=False)
     return folder
@@ -186,9 +186,8 @@ def check_slug(
 def claim_pack(
     out: Path,  # the pack's folder
 ):
-    "Make room for a pack: only an empty folder or an earlier pack is replaced. Raises `InputError`."
+    "Raise `InputError` unless a pack may be put there: only an empty folder or an earlier pack is replaced."
     if out.exists() and not ((out / "pack.json").is_file() or (out.is_dir() and not any(out.iterdir()))): raise InputError("is in the way and not a pack", str(out), "choose another folder")
-    if out.exists(): shutil.rmtree(out)
 
 def list_files(
     out: Path,  # the pack's folder
@@ -209,19 +208,21 @@ def pack(
     check_slug(name)
     out, model, competition = Path(out), Bundle.load(bundle or default_bundle()), competition or get_settings().dataset.competition
     claim_pack(out)
-    place, title, pythons = out / "dataset" / "wheels", name.replace("-", " "), list(dict.fromkeys(pythons))
-    (out / "kernel").mkdir(parents=True)
-    place.mkdir(parents=True)
-    wheels = collect_wheels(needed_to_answer(), place, pythons)
-    (place / "hms_requirements.txt").write_text(pin(wheels))
-    (place / "pythons.txt").write_text("\n".join(pythons) + "\n")
-    (out / "dataset" / "bundle").mkdir()
-    for file in read_bundle_files(model.folder)[0] | {MANIFEST: b""}: shutil.copyfile(model.folder / file, out / "dataset" / "bundle" / file)
-    for folder, about in zip(("kernel", "dataset"), metadata(name, title, user or NOBODY, competition)): write_json(out / folder / f"{folder}-metadata.json", about)
-    write_json(out / "kernel" / f"{name}.ipynb", kernel_notebook(title, model))
-    record = {"name": name, "competition": competition, "bundle": model.identity(), "pythons": pythons, "wheels": len(wheels), "megabytes": round(sum(p.stat().st_size for p in out.rglob("*") if p.is_file()) / 1e6, 1),
-              "made": now(), "versions": versions(), "files": list_files(out), "tried": None, "pushed": None}
-    write_json(out / "pack.json", record)
+    title, pythons = name.replace("-", " "), list(dict.fromkeys(pythons))
+    with atomic_folder(out) as new:
+        place = new / "dataset" / "wheels"
+        (new / "kernel").mkdir(parents=True)
+        place.mkdir(parents=True)
+        wheels = collect_wheels(needed_to_answer(), place, pythons)
+        (place / "hms_requirements.txt").write_text(pin(wheels))
+        (place / "pythons.txt").write_text("\n".join(pythons) + "\n")
+        (new / "dataset" / "bundle").mkdir()
+        for file in read_bundle_files(model.folder)[0] | {MANIFEST: b""}: shutil.copyfile(model.folder / file, new / "dataset" / "bundle" / file)
+        for folder, about in zip(("kernel", "dataset"), metadata(name, title, user or NOBODY, competition)): write_json(new / folder / f"{folder}-metadata.json", about)
+        write_json(new / "kernel" / f"{name}.ipynb", kernel_notebook(title, model))
+        record = {"name": name, "competition": competition, "bundle": model.identity(), "pythons": pythons, "wheels": len(wheels), "megabytes": round(sum(p.stat().st_size for p in new.rglob("*") if p.is_file()) / 1e6, 1),
+                  "made": now(), "versions": versions(), "files": list_files(new), "tried": None, "pushed": None}
+        write_json(new / "pack.json", record)
     return record
 
 # %% ../nbs/75_kaggle_kernel.ipynb #9567c041

@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 
 from .batches import PSEUDO, Relabelled
-from .core import InputError, atomic_path, write_json
+from .core import InputError, save_frame, write_json
 from .crossval import fold_run
 from .metrics import PROBABILITIES
 from .recipe import Recipe
@@ -98,6 +98,6 @@ def pseudo_labels(
         tables += [table[table["fold"] == own].assign(for_fold=pupil, teacher=name) for own, pupil in (pair, pair[::-1])]
     labels = Labels(pd.concat(tables, ignore_index=True), saw)
     labels.check(cache)
-    with atomic_path(folder / "pseudo.parquet") as tmp: labels.table.to_parquet(tmp, index=False)
+    save_frame(folder / "pseudo.parquet", labels.table)
     write_json(folder / "saw.json", saw)
     return labels

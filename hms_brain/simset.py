@@ -253,10 +253,10 @@ def write_parquet(
     path: Path,
     columns: dict[str, np.ndarray],  # name -> values
 ):
-    "Write columns as parquet, whole or not at all."
+    "Write columns as parquet, whole or not at all, with a checksum for every page."
     import pyarrow as pa
     import pyarrow.parquet as pq
-    with atomic_path(path) as tmp: pq.write_table(pa.table(columns), tmp, use_dictionary=False)  # no value repeats: a dictionary would take a quarter more
+    with atomic_path(path) as tmp: pq.write_table(pa.table(columns), tmp, use_dictionary=False, write_page_checksum=True)  # no value repeats: a dictionary would take a quarter more
 
 def write_eeg(path: Path, sim: Simulated, start: float, stop: float):
     "A clip of the recording as `<eeg_id>.parquet`; start and stop in s."

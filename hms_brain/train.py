@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from .batches import PSEUDO, Split, Windows, chunks, describe_data, votes_of
 from .catalog import soft_votes
 from .checkpoints import Training, newest_checkpoint, restore, save_checkpoint
-from .core import CLASSES, VOTE_COLUMNS, InputError, atomic_path, get_settings, read_json, sha256_file, write_json
+from .core import CLASSES, VOTE_COLUMNS, InputError, atomic_path, get_settings, load_frame, read_json, save_frame, sha256_file, write_json
 from .metrics import kl_divergence, kl_rows, stratum_scores
 from .models.core import create_model, n_params, without_weights
 from .parallel import gather_rows, parts, whole_batch
@@ -120,7 +120,7 @@ class Run:
     prior = property(lambda self: np.array(self.info["prior"]), doc="(6,) mean votes of the training patients.")
     metrics = property(lambda self: read_json(self._file("metrics.json")), doc="Scores of the best weights.")
     history = property(lambda self: pd.read_csv(self._file("history.csv")), doc="One row per epoch.")
-    validation = property(lambda self: pd.read_parquet(self._file("validation.parquet")), doc="Held-out windows: index, votes, p_<class>.")
+    validation = property(lambda self: load_frame(self._file("validation.parquet")), doc="Held-out windows: index, votes, p_<class>.")
 
     def _file(self, name: str) -> Path:
         "A file of the run; raises `InputError` when the training has not written it."
@@ -164,7 +164,7 @@ def write_results(
     votes = votes_of(cache, split.valid)
     table = cache.index.reset_index(drop=True).iloc[split.valid].assign(**dict(zip(VOTE_COLUMNS, votes.T)))
     table = table.drop(columns=PSEUDO, errors="ignore").assign(**{f"p_{c}": probabilities[:, k] for k, c in enumerate(CLASSES)})
-    with atomic_path(folder / "validation.parquet") as tmp: table.to_parquet(tmp, index=False)
+    save_frame(folder / "validation.parquet", table)
     y, right = soft_votes(votes), votes.argmax(1) == probabilities.argmax(1)
     weight = split.weight[split.valid]
     write_json(folder / "metrics.json", {

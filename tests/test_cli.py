@@ -147,3 +147,13 @@ def test_commands_keep_linear_algebra_to_one_thread():
     clean = {k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
     done = lambda **env: subprocess.run([sys.executable, "-c", code], env=clean | env, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
     assert done() == "{1}" and done(OMP_NUM_THREADS="3") != "{1}"
+
+
+def test_options_of_the_same_name_mean_the_same():
+    "And the help of --bundle names the setting that comes before the packaged bundle."
+    import typer
+
+    from hms_brain.cli import app
+    root = typer.main.get_command(app).commands
+    found = {(name, p.name): p.help for name, command in (root | root["kaggle"].commands).items() for p in command.params if p.name in ("bundle", "channel", "unit") and name in ("predict", "scan", "pack", "answer")}
+    assert len(found) == 8 and len(set(found.values())) == 3 and "[models] bundle" in found["predict", "bundle"]

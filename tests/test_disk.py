@@ -3,6 +3,7 @@ import dataclasses
 import os
 import shutil
 import subprocess
+import zipfile
 from contextlib import contextmanager
 from importlib.metadata import distribution
 from pathlib import Path
@@ -14,18 +15,20 @@ from test_cli import hms, one_line
 from test_dataset import data, make  # noqa: F401  a fixture
 from test_scan import table_of
 
-from hms_brain import dataset
+from hms_brain import catalog, dataset, kaggle_kernel
 from hms_brain.annotate import annotate_edf, deidentify_edf
 from hms_brain.audit import AuditLog, read_log
 from hms_brain.bundle import place_bundle
-from hms_brain.core import InputError, sha256_file
+from hms_brain.core import CLASSES, VOTE_COLUMNS, InputError, save_frame, sha256_file
 from hms_brain.dataset import WindowCache, save_array
+from hms_brain.evaluate import evaluate, load_answers
 from hms_brain.events import find_events
 from hms_brain.exports import write_csv, write_edf, write_prediction
 from hms_brain.pages import open_reader
 from hms_brain.predict import Predictor, predict_file
 from hms_brain.scan_files import write_annotated, write_bids, write_scan, write_scan_pdf, write_scan_report, write_szcore, write_table
-from hms_brain.report import Page, Section, write_page
+from hms_brain.reasons import Reasons, write_reasons
+from hms_brain.report import Page, Section, write_evaluation, write_page
 from hms_brain.results import write_archive
 from hms_brain.runs import record_run, update_run
 from hms_brain.scan import Piece, Scan, keep_block
@@ -108,7 +111,9 @@ def made(tmp_path_factory):
     prediction, read = predict_file(folder / "a.edf", Predictor(threads=1))
     about = {"format": 1, "state": "done", "step": 2.0, "gaps": [], "bundle": prediction.bundle, "recording": {"id": "1" * 16, "duration": 550.0, "reference": "referential", "channel_map": {}, "issues": []}}
     scan = Scan(about, table_of(np.r_[np.zeros(100), np.full(50, 0.9), np.zeros(100)]))
-    return {"folder": folder, "prediction": prediction, "recording": read, "scan": scan, "events": find_events(scan.table, scan.step)}
+    p = np.random.default_rng(0).dirichlet(np.ones(6), 60)
+    answers = load_answers(pd.DataFrame({**{f"p_{c}": p[:, k] for k, c in enumerate(CLASSES)}, **{v: (10 * p[:, k]).round() + 1 for k, v in enumerate(VOTE_COLUMNS)}}))
+    return {"folder": folder, "answers": answers, "result": evaluate(answers, n_boot=20), "prediction": prediction, "recording": read, "scan": scan, "events": find_events(scan.table, scan.step)}
 
 
 def checkpoint(folder, k, made):
@@ -130,6 +135,12 @@ def block(folder, k, made):
 
 def archive(folder, k, made):
     write_archive(folder / "a.zip", made["folder"] / f"z{k}")
+
+
+def pack(folder, k, made):
+    with pytest.MonkeyPatch.context() as patch:  # its wheels have a line of their own
+        patch.setattr(kaggle_kernel, "collect_wheels", lambda *_: [])
+        kaggle_kernel.pack(folder / "pack", user=f"user{k}")
 
 
 def table(suffix):
@@ -156,6 +167,10 @@ WRITERS = {
     "de-identified copy": lambda folder, k, made: deidentify_edf(made["folder"] / "a.edf", folder / f"d{k}.edf"),
     "archive": archive,
     "page of a run": lambda folder, k, made: write_page(folder / "p.html", Page(f"Run {k}", "One.", "Research use only.", (), [Section("Scores", "They were measured. " * 2000)])),
+    "table of answers": lambda folder, k, made: save_frame(folder / "oof.parquet", pd.DataFrame({"p": np.random.default_rng(k).random(20_000)})),
+    "page of reasons": lambda folder, k, made: write_reasons(folder / "w.html", Reasons(made["prediction"], CLASSES[k], {}), made["recording"]),
+    "evaluation": lambda folder, k, made: write_evaluation(folder / "e", made["answers"].iloc[k:], made["result"]),
+    "pack for Kaggle": pack,
     "wheel for a kernel": lambda folder, k, made: make_wheel(distribution("jinja2"), folder),
 }
 
@@ -250,6 +265,20 @@ def test_a_simulated_data_set_goes_on_when_there_is_space_again(disk, tmp_path):
     simulate_dataset(tmp_path / "on", **how)
     assert state(tmp_path / "on") == state(tmp_path / "whole")
     with disk.read_only(): refused(lambda: simulate_dataset(disk.folder / "e", **how), disk.folder)
+
+
+def test_a_download_goes_on_when_there_is_space_again(disk, tmp_path, monkeypatch):
+    "The space that was asked for went to somebody else: what is unpacked is whole, and is not unpacked again."
+    if not disk.mounted: pytest.skip("a limit on the size of a file does not fill a disk")
+    monkeypatch.setattr(catalog, "check_space", lambda *_: None)
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as z:
+        for k in range(3): z.writestr(f"train_eegs/{k}.parquet", bytes([k]) * 300_000)
+    with disk.full(500_000): assert "train_eegs/1.parquet" in refused(lambda: catalog.unpack(tmp_path / "a.zip", disk.folder / "raw"), disk.folder)
+    there = state(disk.folder)
+    assert list(there) == ["raw/train_eegs/0.parquet"]
+    catalog.unpack(tmp_path / "a.zip", disk.folder / "raw")
+    assert len(state(disk.folder)) == 3 and state(disk.folder).items() >= there.items()
+    with disk.read_only(): refused(lambda: catalog.unpack(tmp_path / "a.zip", disk.folder / "other"), disk.folder)
 
 
 def test_the_audit_log(disk):

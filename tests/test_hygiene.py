@@ -1,6 +1,7 @@
 """The house rules: generated files are current, notebooks stay small, layers point downwards, the base has no torch."""
 import ast
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -152,6 +153,31 @@ def test_readme_in_sync():
     assert (ROOT / "README.md").read_text() == render_readme(ROOT / "nbs/index.ipynb"), "run `make format`"
 
 
+def shown(path, code):
+    "What the cell with that line printed when it last ran."
+    cell = next(c for c in cells(path, "code") if code in source(c))
+    return "".join("".join(o.get("text") or o["data"]["text/plain"]) for o in cell["outputs"])
+
+
+def test_outputs_are_of_the_present_version():
+    "The same call shows the same in README and first tutorial, and the page on the house lists the notebooks as they call themselves."
+    from hms_brain.docs import library
+
+    assert shown(ROOT / "nbs/index.ipynb", "prediction.to_frame()") == shown(ROOT / "nbs/tutorials/00_first_recording.ipynb", "prediction.to_frame()")
+    listed = "".join(f"{notebook:24} {sentence}\n" for notebook, sentence in library(ROOT / "nbs").items())
+    assert shown(ROOT / "nbs/architecture.ipynb", "library()") == listed, "run nbs/architecture.ipynb again"
+
+
+@pytest.mark.parametrize("command", ["evaluate", "report", "export"])
+def test_make_leaves_the_newest_run_to_the_command(command, tmp_path):
+    "A folder that looks like a training is not one that ended well."
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    (tmp_path / "outputs/runs/20990101-000000-train").mkdir(parents=True)
+    told = lambda *words: subprocess.run(["make", "-n", command, *words], cwd=tmp_path, capture_output=True, text=True, check=True, env=os.environ | {"RUN": ""}).stdout.split()
+    for name in ("base.lock", "all.lock", "pyproject.toml"): (tmp_path / name).touch()
+    assert told()[-2:] == [".venv/bin/hms", command] and told("RUN=mine")[-2:] == [command, "mine"]
+
+
 def test_light_modules_need_no_torch():
     script = "import sys; sys.modules['torch'] = None\n" + "\n".join(f"import hms_brain.{m}" for m in LIGHT)
     subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)
@@ -207,6 +233,20 @@ def test_tests_that_are_named_exist():
     rows = [line for line in text.splitlines() if re.match(r"\| \d+ \|", line)]
     assert lost == [] and len(named) > 60 and len(rows) == 20
     assert all("tests/test_" in row or "not shown yet" in row for row in rows)
+
+
+WRITES = r"""\.write_text\(|\.write_bytes\(|\.to_csv\(|\.to_parquet\(|\bopen\([^)]*["'][wax]b?\+?["']|np\.save\(|\bsave_file\(|\bcopyfile\(|shutil\.copy|json\.dump\("""
+UNKEPT = {"bench.py", "bench_scan.py", "docs.py"}  # measurements and the site: made anew by one command
+BESIDE = {  # file -> what may stand half-written: nobody is told of it before it is whole
+    "mne.py": "signal.lay", "sandbox.py": "job[", "search.py": "study.lock", "web.py": '"xb"|stderr', "variants.py": "plain.write_bytes(model)|file.write_bytes(model)", "app.py": "sample_file()",
+    "kaggle_kernel.py": "sitecustomize|to_csv(asked"}
+
+
+def test_files_are_written_whole():
+    "Whatever a user keeps goes through `atomic_path` or `atomic_folder`, whose yielded names are tmp and new (or lie in it)."
+    found = [(p.name, line.strip()) for p in sorted((ROOT / "hms_brain").rglob("*.py")) if p.name not in UNKEPT for line in p.read_text().splitlines() if re.search(WRITES, line)]
+    bare = [(name, line) for name, line in found if not re.search(r"\b(tmp|new|place) ?[,./)]|\btmp\b", line) and not any(word and word in line for word in BESIDE.get(name, "").split("|"))]
+    assert bare == [] and len(found) > 30
 
 
 def test_seeded_faults_are_current():

@@ -216,6 +216,18 @@ def test_what_is_not_a_pack_is_not_replaced(tmp_path):
     assert (tmp_path / "mine.txt").exists()
 
 
+def test_a_pack_that_fails_leaves_the_earlier_one(tmp_path, monkeypatch):
+    "No wheel can be had: the pack that was there is whole, and the next attempt is not told that something is in the way."
+    def none(*_): raise InputError("wheels cannot be had", "pip download", "check the network")
+    monkeypatch.setattr(kk, "collect_wheels", lambda *_: [])
+    kk.pack(tmp_path / "pack", name="first")
+    before = kk.read_pack(tmp_path / "pack")
+    monkeypatch.setattr(kk, "collect_wheels", none)
+    for out in ("pack", "other"):
+        with pytest.raises(InputError, match="cannot be had"): kk.pack(tmp_path / out, name="second")
+    assert kk.read_pack(tmp_path / "pack") == before and [p.name for p in tmp_path.iterdir()] == ["pack"]
+
+
 # push and submit
 
 

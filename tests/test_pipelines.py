@@ -30,6 +30,15 @@ def cache(home):
     return home / "data/prepared/tiny"
 
 
+def test_folds_are_those_of_the_settings(home, cache, monkeypatch):
+    "Unless the command says otherwise."
+    monkeypatch.setenv("HMS_DATASET_FOLD_SEED", "3")
+    few = ("prepare", "-p", "data=data/simulated/tiny", "-p", "folds=2", "-p", "limit=4")
+    assert hms(*few, "-p", "cache=data/prepared/three", cwd=home).returncode == 0
+    assert hms(*few, "-p", "cache=data/prepared/none", "-p", "fold_seed=0", cwd=home).returncode == 0
+    assert [json.loads((home / f"data/prepared/{name}/manifest.json").read_text())["fold_seed"] for name in ("three", "none")] == [3, 0]
+
+
 @pytest.fixture(scope="module")
 def run(home, cache):
     result = hms("train", "-p", f"cache={cache}", "-p", "epochs=1", "-p", "batch_size=8", "-p", "track=tensorboard,mlflow", "-p", "out=outputs/runs/tiny", cwd=home, timeout=300)

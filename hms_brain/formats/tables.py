@@ -80,7 +80,7 @@ def open_parquet(
         f.seek(max(0, size - 8))
         tail = f.read()
     if size < 12 or tail[4:] != b"PAR1" or int.from_bytes(tail[:4], "little") > size - 12: raise InputError("is a parquet file without its end", path, "copy it again")
-    try: return pq.ParquetFile(path, memory_map=False, thrift_string_size_limit=1 << 24, thrift_container_size_limit=1 << 20)
+    try: return pq.ParquetFile(path, memory_map=False, page_checksum_verification=True, thrift_string_size_limit=1 << 24, thrift_container_size_limit=1 << 20)
     except MemoryError: raise
     except (pa.ArrowException, OSError, ValueError) as e: raise InputError(f"is a damaged parquet file ({type(e).__name__} in its footer)", path, "copy or export it again") from e
 
