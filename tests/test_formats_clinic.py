@@ -7,7 +7,8 @@ from scipy.io import savemat
 
 from hms_brain.core import CHANNELS, InputError
 from hms_brain.records import read_recording
-from test_formats import HMS, kinds, noise, refused
+from hms_brain.preprocess import Preprocess
+from test_formats import HMS, edf, kinds, noise, refused, write
 
 USUAL = "Fp1 Fp2 F3 F4 C3 C4 P3 P4 O1 O2 F7 F8 T3 T4 T5 T6 Fz Cz Pz".split()  # the order of most files, not that of HMS
 ASSUMED = "no channel names: HMS order assumed"
@@ -83,3 +84,41 @@ def test_a_rate_that_is_no_eeg_is_still_refused(tmp_path):
     frame.insert(0, "time", np.arange(3000) / 30)
     frame.to_csv(tmp_path / "a.csv", index=False)
     with pytest.raises(InputError, match="sampling rate is 30 Hz"): read_recording(tmp_path / "a.csv", sandbox=False)
+
+
+# ---------------------------------------------------------------- units and empty channels
+@pytest.mark.parametrize("factor", [1e-3, 1e-6])
+def test_one_unit_for_a_file(tmp_path, factor):
+    "A part that is quiet, or all artefact, is read in the unit of the file's middle."
+    x = noise(19, 200 * 200).astype(float)
+    x[:, :8000] *= 50
+    x[:, -8000:] *= 1e-3
+    pd.DataFrame(x.T * factor, columns=list(CHANNELS)).to_parquet(tmp_path / "a.parquet")
+    write(tmp_path, "a.edf", edf(x * factor, unit="", span=10_000 * factor))
+    for name, exact in (("a.parquet", 1e-3), ("a.edf", 0.4)):
+        whole = read_recording(tmp_path / name, sandbox=False).eeg
+        assert_allclose(whole, x, rtol=1e-4, atol=exact)
+        for start in (0, 90, 165): assert_allclose(read_recording(tmp_path / name, start=start, duration=30, sandbox=False).eeg, whole[:, 200 * start:200 * start + 6000], rtol=1e-4, atol=exact)
+
+
+def test_names_of_a_spreadsheet(tmp_path):
+    "Units in brackets, quotes and a dash of typesetters, in UTF-8 and in Latin-1."
+    x = noise(19, 4000)
+    for name, encoding, label in (("a.csv", "utf-8", "{} (µV)"), ("b.csv", "latin-1", "{} (µV)"), ("c.csv", "utf-8", "'{}–REF'"), ("d.csv", "utf-8", "EEG.{}[uV]")):
+        pd.DataFrame(x.T, columns=[label.format(c) for c in CHANNELS]).to_csv(tmp_path / name, index=False, encoding=encoding)
+        r = read_recording(tmp_path / name, sandbox=False)
+        assert_allclose(r.eeg, x, rtol=1e-4)
+        assert ("unit" in kinds(r)) == (name == "c.csv")
+
+
+def test_edf_channels_without_a_range(tmp_path):
+    "Physical minimum equals maximum: the channel is left out and said; three electrodes are estimated, more are refused as before."
+    x = noise(20)
+    def file(*names, **kw): return write(tmp_path, "a.edf", edf(x, labels=HMS, pmin=[0 if c in names else -3000 for c in HMS], pmax=[0 if c in names else 3000 for c in HMS], **kw))
+    r = read_recording(file("EKG"), sandbox=False)
+    assert r.ekg is None and next(i.channels for i in r.issues if i.kind == "repaired") == ("EKG",) and r.channel_map["EKG"] == ""
+    assert_allclose(r.eeg, x[:19], atol=0.1)
+    r = read_recording(file("EKG", "C3", "Pz"), sandbox=False)
+    assert next(i.channels for i in r.issues if i.kind == "interpolated") == ("C3", "Pz") and not Preprocess()(r).eeg[CHANNELS.index("C3")].max() == 0
+    assert read_recording(file("EKG", "C3"), channel_map={"C3": "", "EKG": ""}, sandbox=False).channel_map["C3"] == ""
+    for names in (CHANNELS[:4], HMS): assert "the physical range of channel Fp1 is empty" in refused(file(*names), sandbox=False)
