@@ -8,7 +8,8 @@ Docs: https://hms-brain.github.io/hms_brain/electrodes.html.md"""
 __all__ = ['PREFIX', 'EARS', 'REFERENCE', 'WRITTEN_UNIT', 'OLDER', 'FOLDED', 'PLACE', 'MAX_MISSING', 'MAX_PATTERNS', 'ANGLES',
            'STILL_UV', 'bare', 'electrode', 'electrode_pair', 'clean_labels', 'ChannelPlan', 'common_ending',
            'chosen_targets', 'target_name', 'linked_groups', 'check_links', 'plan_channels', 'blocks', 'lost_patterns',
-           'pair_weights', 'from_differences', 'electrode_positions', 'spline_weights', 'interpolate_electrodes']
+           'pair_weights', 'from_differences', 'loop_error', 'electrode_positions', 'spline_weights',
+           'interpolate_electrodes']
 
 # %% ../nbs/01_electrodes.ipynb #c704d2c7
 import re
@@ -220,6 +221,20 @@ def from_differences(
                 left = [i for i in left if pairs[rows[i]][0] in group]
                 for row, w in pair_weights([pairs[rows[i]] for i in left], group): out[row, at.start + columns] = w @ part[np.ix_(left, columns)]
     return out
+
+# %% ../nbs/01_electrodes.ipynb #e26f088f
+def loop_error(
+    rows: np.ndarray,  # (n_pairs, n_times) uV
+    pairs: Sequence[tuple[str, str]],  # (plus, minus) of each row
+    eeg: np.ndarray,  # (19, n_times) uV, rebuilt from them
+) -> str:  # a clause for the issue; empty when the differences agree
+    "How far differences contradict each other where they form loops; real ones hardly do."
+    inside = [(i, CHANNELS.index(a), CHANNELS.index(b)) for i, (a, b) in enumerate(pairs) if a in CHANNELS and b in CHANNELS]
+    if not inside: return ""  # all against one electrode that is not of the 19: no loop
+    i, a, b = (list(x) for x in zip(*inside))
+    part = slice(None, None, max(1, rows.shape[1] // 20_000))
+    error, size = (float(np.sqrt(np.mean(np.square(x[np.isfinite(x)])))) if np.isfinite(x).any() else 0.0 for x in (rows[i, part] - (eeg[a, part] - eeg[b, part]), rows[i, part]))
+    return f"; but the channels contradict each other by {error:.3g} uV RMS, so the labels or signals are doubtful" if error > 0.1 * size else ""
 
 # %% ../nbs/01_electrodes.ipynb #9a374659
 ANGLES = dict(zip(CHANNELS, ((-92, -72), (-60, -51), (-46, 0), (-60, 51), (-92, -36), (-92, 0), (-92, 36), (-92, 72), (46, 90), (0, 0), (46, -90),

@@ -7,9 +7,8 @@ Docs: https://hms-brain.github.io/hms_brain/records.html.md"""
 # %% auto #0
 __all__ = ['ISSUE_KINDS', 'UNITS', 'SPELLINGS', 'SPREADS', 'HELD_S', 'MAX_EEG_UV', 'MAX_EKG_UV', 'MIN_FS', 'MAX_FS',
            'MAX_DECODED', 'Issue', 'Recording', 'known_unit', 'piece_spread', 'infer_unit', 'keep_holds', 'resample',
-           'Raw', 'Request', 'written_unit', 'typical_unit', 'channel_scales', 'sound_channel', 'span', 'check_decoded',
-           'fill_rows', 'loop_error', 'arrange', 'assemble', 'from_arrays', 'keyed_hash', 'read_recording',
-           'read_context']
+           'Raw', 'Request', 'typical_unit', 'channel_scales', 'sound_channel', 'span', 'check_decoded', 'fill_rows',
+           'arrange', 'assemble', 'from_arrays', 'keyed_hash', 'read_recording', 'read_context']
 
 # %% ../nbs/01_records.ipynb #b97a0b17
 import hashlib
@@ -25,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 import numpy as np
 from .core import CHANNELS, EKG, FS, InputError
-from .electrodes import ChannelPlan, bare, clean_labels, from_differences, interpolate_electrodes, plan_channels, target_name
+from .electrodes import ChannelPlan, bare, clean_labels, from_differences, interpolate_electrodes, loop_error, plan_channels, target_name
 if TYPE_CHECKING: from hms_brain.formats.sandbox import Decoder
 
 # %% ../nbs/01_records.ipynb #a684eb94
@@ -108,12 +107,11 @@ def piece_spread(
     pieces: int = 200,  # seconds that are looked at, evenly spaced
 ) -> float:  # 0 for a flat or empty signal
     "The median SD of single seconds without their trend: slow drift is larger than an EEG and says nothing about its unit."
-    n = max(2, min(round(fs), len(x)))
-    starts = np.unique(np.linspace(0, max(0, len(x) - n), min(pieces, max(1, len(x) // n))).astype(int))
-    cut = np.stack([x[a:a + n] for a in starts if len(x) >= n] or [np.zeros(n)]).astype(float)
+    if (n := min(round(fs), len(x))) < 2: return 0.0
+    cut = np.stack([x[a:a + n] for a in np.linspace(0, len(x) - n, min(pieces, len(x) // n)).astype(int)]).astype(float)
     cut = cut[np.isfinite(cut).all(1)]
     ramp = np.arange(n) - (n - 1) / 2
-    cut = cut - cut.mean(1, keepdims=True)
+    cut -= cut.mean(1, keepdims=True)
     sd = (cut - (cut @ ramp / (ramp @ ramp))[:, None] * ramp).std(1)
     sd = sd[sd > 1e-9 * np.abs(cut).max(initial=0)]
     return float(np.median(sd)) if len(sd) else 0.0
@@ -187,6 +185,10 @@ class Raw:
     left_out: tuple[int, ...] = ()  # channels that the reader found unusable
     typical: Callable[[], tuple[str, float] | None] = lambda: None  # what `infer_unit` says of the whole file, where this is a part of it
 
+    def written_unit(self, i: int) -> str | None:
+        "The unit of a channel as the file writes it: in its header, or in brackets behind the label."
+        return (self.units[i] or "").strip() or bare(self.labels[i])[1]
+
 # %% ../nbs/01_records.ipynb #3ac245f6
 @dataclass(frozen=True)
 class Request:
@@ -209,19 +211,12 @@ class Request:
 # %% ../nbs/01_records.ipynb #0cd4a7a0
 MAX_EEG_UV, MAX_EKG_UV, MIN_FS, MAX_FS = 1e5, 1e6, 80.0, 100_000.0
 
-def written_unit(
-    raw: Raw,
-    i: int,  # channel
-) -> str | None:  # None: it has none
-    "The unit of a channel as the file writes it: in its header, or in brackets behind the label."
-    return (raw.units[i] or "").strip() or bare(raw.labels[i])[1]
-
 def typical_unit(
     raw: Raw,  # channels as read
     plan: ChannelPlan,  # which are used
 ) -> tuple[str, float]:  # as `infer_unit`
     "What the amplitude of the electrodes without a known unit says about it."
-    heard = [(x, raw.fs[i]) for i, to in plan.used.items() if to != EKG and (x := raw.signals[i]) is not None and known_unit(written_unit(raw, i))[0] is None]
+    heard = [(x, raw.fs[i]) for i, to in plan.used.items() if to != EKG and (x := raw.signals[i]) is not None and known_unit(raw.written_unit(i))[0] is None]
     return infer_unit([x for x, _ in heard], [f for _, f in heard])
 
 def channel_scales(
@@ -230,7 +225,7 @@ def channel_scales(
     unit: str | None,  # the caller's word on the unit, for all channels
 ) -> tuple[dict[int, float], list[Issue]]:  # index -> factor to uV
     "Factors to microvolts, with an issue for everything that the file did not say exactly."
-    said = {i: written_unit(raw, i) for i in plan.used}
+    said = {i: raw.written_unit(i) for i in plan.used}
     found = {i: known_unit(unit or u) for i, u in said.items()}
     issues, labels = [], clean_labels(raw.labels)
     odd = [i for i, (u, exact) in found.items() if u and not exact and not unit]
@@ -308,20 +303,6 @@ def fill_rows(
         y = resample(x, raw.fs[i], fs)[:n_times]
         rows[row, :len(y)] = y
     return rows, issues
-
-# %% ../nbs/01_records.ipynb #e26f088f
-def loop_error(
-    rows: np.ndarray,  # (n_pairs, n_times) uV
-    pairs: Sequence[tuple[str, str]],  # (plus, minus) of each row
-    eeg: np.ndarray,  # (19, n_times) uV, rebuilt from them
-) -> str:  # a clause for the issue; empty when the differences agree
-    "How far differences contradict each other where they form loops; real ones hardly do."
-    inside = [(i, CHANNELS.index(a), CHANNELS.index(b)) for i, (a, b) in enumerate(pairs) if a in CHANNELS and b in CHANNELS]
-    if not inside: return ""  # all against one electrode that is not of the 19: no loop
-    i, a, b = (list(x) for x in zip(*inside))
-    part = slice(None, None, max(1, rows.shape[1] // 20_000))
-    error, size = (float(np.sqrt(np.mean(np.square(x[np.isfinite(x)])))) if np.isfinite(x).any() else 0.0 for x in (rows[i, part] - (eeg[a, part] - eeg[b, part]), rows[i, part]))
-    return f"; but the channels contradict each other by {error:.3g} uV RMS, so the labels or signals are doubtful" if error > 0.1 * size else ""
 
 # %% ../nbs/01_records.ipynb #13d21c56
 def arrange(
