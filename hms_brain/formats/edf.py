@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
 from ..core import InputError
-from ..electrodes import ChannelPlan, plan_channels
+from ..electrodes import ChannelPlan, clean_labels, electrode, electrode_pair, plan_channels
 from ..records import Issue, Raw, Request, check_decoded, span
 
 # %% ../../nbs/04_formats.edf.ipynb #d867370d
@@ -156,7 +156,7 @@ def calibrate(
     low, high, first, last = (number(x, f"{n} of channel {label}", where) for x, n in zip(header.calibration[i], names))
     top = 1 << (8 * header.width - 1)
     if first >= last or first < -top or last > top: raise InputError(f"the digital range of channel {label} is {first:g} to {last:g}", where, "the header is damaged, or leave the channel out of the channel map")
-    if low == high: raise InputError(f"the physical range of channel {label} is empty", where, "the header is damaged, or leave the channel out of the channel map")
+    if low == high: raise InputError(f"the physical range of channel {label} is empty", where, "the header is damaged: export the file again")
     gain = (high - low) / (last - first)
     return gain, low - first * gain
 
@@ -237,6 +237,7 @@ class OpenEdf:
     header: EdfHeader
     labels: list[str]  # of every channel; "" for one without samples
     plan: ChannelPlan
+    empty: tuple[int, ...]  # channels without a physical range
     onsets: np.ndarray  # (n_records,) s
     runs: np.ndarray  # records that start a run
 
@@ -253,10 +254,14 @@ def open_edf(
     header = read_header(path)
     seconds = header.record_seconds
     labels = [x if s else "" for x, s in zip(header.labels, header.samples)]
-    plan = plan_channels(labels, channel_map, path)
+    empty = tuple(i for i, (low, high, *_) in enumerate(header.calibration) if low.strip(b" \0") == high.strip(b" \0") != b"")
+    try: plan = plan_channels(labels, channel_map, path, empty)
+    except InputError:
+        for i in plan_channels(labels, channel_map, path).used: calibrate(header, i, path)  # too many of them: says which
+        raise
     onsets = record_onsets(path, header) if header.discontinuous else np.arange(header.n_records) * seconds
     runs = find_runs(onsets, seconds, 0.5 * seconds / max(header.samples)) if header.discontinuous else np.array([0])
-    return OpenEdf(path, header, labels, plan, onsets, runs)
+    return OpenEdf(path, header, labels, plan, empty, onsets, runs)
 
 # %% ../../nbs/04_formats.edf.ipynb #ce46bfce
 def read_piece(
@@ -273,7 +278,9 @@ def read_piece(
     t1 = max(stop, float(onsets[last - 1] + seconds)) if last > first else stop
     signals = fill_channels(file.path, file.header, file.plan, onsets, file.runs, (first, last, t0, t1))
     issues = [*file.header.issues, *gap_issues(onsets, file.runs, seconds, start, stop)]
-    return Raw(list(file.labels), signals, file.rates, list(file.header.units), t0, file.duration, issues)
+    if lost := tuple(name for i, name in enumerate(clean_labels(file.labels)) if i in file.empty and (electrode(name) or electrode_pair(name))):
+        issues.append(Issue("repaired", "physical minimum and maximum are the same: nothing was recorded, left out", lost))
+    return Raw(list(file.labels), signals, file.rates, list(file.header.units), t0, file.duration, issues, left_out=file.empty)
 
 def read_edf(
     path: Path,  # EDF, EDF+, BDF or BDF+
