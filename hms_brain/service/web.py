@@ -36,7 +36,7 @@ import uvicorn
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Query, Request, Response, WebSocket
 from fastapi import Path as InPath
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 from fastapi.security import HTTPBearer
 from fastapi_offline import FastAPIOffline
 from pydantic import BaseModel
@@ -98,7 +98,7 @@ class Problem(BaseModel):
     status: int
     detail: str
 
-ERRORS: dict[int | str, dict[str, Any]] = {code: {"model": Problem, "content": {"application/problem+json": {}}} for code in (400, 401, 403, 404, 408, 413, 415, 422, 429, 503)}
+ERRORS: dict[int | str, dict[str, Any]] = {code: {"content": {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}} for code in (400, 401, 403, 404, 408, 413, 415, 422, 429, 503)}
 NPY = "application/x-npy"
 Scale = Annotated[float | None, Query(description="of an array: microvolts per step; needed for integers")]
 Rate = Annotated[float | None, Query(description="of an array: sampling rate, Hz; default 200")]
@@ -213,7 +213,7 @@ async def reload(request: Request) -> dict:
     "Read the bundle's folder again; the present model stays when anything is wrong with it."
     return {"bundle": await request.app.state.engine.reload()}
 
-@measures.get("/metrics", responses=ERRORS)
+@measures.get("/metrics", responses=ERRORS, response_class=PlainTextResponse)
 async def metrics(request: Request) -> Response:
     "Counters for Prometheus."
     state = request.app.state
@@ -229,7 +229,7 @@ async def live() -> dict:
     "The process answers."
     return {"status": "live"}
 
-@health.get("/health/ready", responses={503: {"model": Problem}})
+@health.get("/health/ready", responses={503: ERRORS[503] | {"model": Problem}})  # which puts Problem among the schemas of the document
 async def ready(request: Request) -> dict:
     "The service takes predictions; 503 while it drains."
     if request.app.state.slots.draining: raise HTTPException(503, "the service is about to stop")
