@@ -21,7 +21,7 @@ from hms_brain.service import scans
 from hms_brain.service.engine import Engine
 from hms_brain.service.jobs import Ledger, Stopped, do_one, work_through
 from hms_brain.service.tokens import Terms
-from hms_brain.service.web import create_app
+from hms_brain.service.web import NPY, create_app
 from hms_brain.simulate import simulate_recording
 
 
@@ -107,11 +107,12 @@ def test_a_scan_goes_on_where_it_was_left(short, tmp_path, monkeypatch):
 
 
 def test_the_end_of_the_service_fails_no_job(minutes, scan, tmp_path):
-    "It waits for the next start, which does it; the interruption was no try."
+    "It waits for the next start, which does it; the interruption was no try. Requests are answered beside it."
     with service(tmp_path) as client:
         id = client.post("/jobs", files={"file": ("a.edf", minutes.read_bytes())}).json()["id"]
         while not client.app.state.ledger.count()["running"]: time.sleep(0.01)
-        time.sleep(0.5)
+        eeg = np.nan_to_num(simulate_recording(seed=3, pattern="lpd", duration=50).eeg)
+        assert client.post("/predict", content=npy(eeg), headers={"content-type": NPY}).status_code == 200 and client.app.state.ledger.count()["running"] == 1
     ledger = client.app.state.ledger
     assert ledger.run("SELECT state, tries FROM jobs") == [("waiting", 0)]
     ledger.close()

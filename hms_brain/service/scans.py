@@ -64,6 +64,7 @@ def as_columns(
     return {"at": table["at"].round(3), **{c: p[:, i].round(4) for i, c in enumerate(CLASSES)}, "entropy": entropy(p).round(4), "abstained": table.abstained, "gap": gap,
             "reasons": reasons, "quality": quality, "texts": {"reasons": why, "quality": flags}}
 
+# %% ../../nbs/81_service.scans.ipynb #14ddc4d9
 def scan_reply(
     scan: Scan,
     recording: Recording,  # a part of it, as it was read
@@ -88,6 +89,7 @@ def files_hash(
     hashes = [sha256_file(p) for p in sorted(folder.iterdir()) if p.is_file()]
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
+# %% ../../nbs/81_service.scans.ipynb #a61db1d5
 def read_middle(
     path: Path,  # a recording
 ) -> Recording:
@@ -102,6 +104,7 @@ def count_rows(
     "Count windows of a scan as those of other answers."
     for row in rows: metrics.count(row | {"probabilities": {c: row[c] for c in CLASSES}, "quality": [{"kind": kind} for kind in row["quality"].split()]})
 
+# %% ../../nbs/81_service.scans.ipynb #a54a399e
 def scan_job(
     path: Path,  # the recording, in a folder of its own
     engine: Engine,  # whose bundle answers, and who is told

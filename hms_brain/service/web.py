@@ -155,13 +155,11 @@ Unit = Annotated[str | None, Query(description="of the samples, where the file i
 @predictions.post("/predict/file", responses=ERRORS | {200: {"model": Answer}}, openapi_extra=FORM)
 async def predict_upload(request: Request, at: At = None, unit: Unit = None) -> Response:
     "Classify one window of a recording in any readable format."
-    engine = request.app.state.engine
-    async with sent_files(request) as files:
-        folder = request.app.state.ledger.place()
-        try:
-            path = await asyncio.get_running_loop().run_in_executor(engine.decoders, keep_files, files, folder)
-            return JSONResponse(await engine.ask(lambda: read_file(path, at, unit), engine.decoders))
-        finally: shutil.rmtree(folder, ignore_errors=True)
+    engine, folder = request.app.state.engine, request.app.state.ledger.place()
+    try:
+        async with sent_files(request) as files: path = await asyncio.get_running_loop().run_in_executor(engine.decoders, keep_files, files, folder)
+        return JSONResponse(await engine.ask(lambda: read_file(path, at, unit), engine.decoders))
+    finally: shutil.rmtree(folder, ignore_errors=True)
 
 # %% ../../nbs/81_service.web.ipynb #c7aec48b
 JobId = Annotated[str, InPath(pattern="^[0-9a-f]{16}$")]
@@ -170,12 +168,12 @@ JobId = Annotated[str, InPath(pattern="^[0-9a-f]{16}$")]
 async def add_job(request: Request, caller: MayPredict) -> Response:
     "Accept a whole recording for later. It is on the disk when this answers, and has one result in the end."
     state, run = request.app.state, partial(asyncio.get_running_loop().run_in_executor, request.app.state.engine.decoders)
-    async with sent_files(request) as files:
-        folder = state.ledger.place()
-        try: id = await run(lambda: state.ledger.add(keep_files(files, folder), caller.subject))
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
+    folder = state.ledger.place()
+    try:
+        async with sent_files(request) as files: id = await run(lambda: state.ledger.add(keep_files(files, folder), caller.subject))
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
     state.wake.set()
     return JSONResponse({"id": id, "state": "waiting"}, 202, {"Location": f"/jobs/{id}"})
 
