@@ -210,3 +210,13 @@ def test_names_leave_the_ledger_with_the_job(tmp_path):
         assert end(id)
         assert not any(b"Capybarsky" in p.read_bytes() for p in tmp_path.glob("jobs.sqlite*"))
     ledger.close()
+
+
+def test_a_fault_in_the_log_names_no_file(tmp_path, caplog):
+    "Where it happened is told, its words are not: they may hold the name of a file, which may be a patient's."
+    ledger, name = Ledger(tmp_path), "Capybarsky.vhdr"
+    id = accepted(ledger)
+    def work(path): raise FileNotFoundError(2, "No such file", name)
+    assert do_one(ledger, work) and ledger.find(id)["result"] == {"error": "an internal error"}
+    assert "FileNotFoundError at" in caplog.text and "in work" in caplog.text and "Capybarsky" not in caplog.text
+    ledger.close()

@@ -179,7 +179,7 @@ async def add_job(request: Request, caller: MayPredict) -> Response:
 
 @predictions.get("/jobs/{id}", responses=ERRORS)
 async def see_job(request: Request, caller: MayPredict, id: JobId) -> Response:
-    "Where a job stands, and its result."
+    "Where a job stands, and its result: what was read, summary, burden, events, and the windows as columns."
     find = lambda: (job := request.app.state.ledger.find(id, caller.subject)) and JSONResponse(job)  # a day's result is megabytes
     if (answer := await asyncio.to_thread(find)) is None: raise HTTPException(404, "no such job")
     return answer
