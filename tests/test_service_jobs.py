@@ -14,6 +14,7 @@ from hms_brain.audit import AuditLog, read_log
 from hms_brain.core import CLASSES, sha256_file
 from hms_brain.events import find_events
 from hms_brain.exports import write_edf
+from hms_brain.formats.sandbox import Decoder
 from hms_brain.predict import Predictor
 from hms_brain.scan import scan_file
 from hms_brain.scan_files import describe
@@ -99,9 +100,10 @@ def test_a_scan_goes_on_where_it_was_left(short, tmp_path, monkeypatch):
     def tell(rows):
         if len(seen) >= 8: raise Stopped
         seen.extend(rows)
-    with pytest.raises(Stopped): scans.scan_through(path, tmp_path / "job/.scan", predictor, tell)
     left = []
-    done = scans.scan_through(path, tmp_path / "job/.scan", predictor, left.extend)
+    with Decoder(path) as child:
+        with pytest.raises(Stopped): scans.scan_through(path, tmp_path / "job/.scan", predictor, tell, child)
+        done = scans.scan_through(path, tmp_path / "job/.scan", predictor, left.extend, child)
     assert [len(seen), len(left)] == [8, 13]
     pd.testing.assert_frame_equal(done.table, scan_file(path, tmp_path / "whole", predictor, block=16.0).table)
 

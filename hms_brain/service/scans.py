@@ -39,10 +39,11 @@ def scan_through(
     out: Path,  # a folder; what a scan of the same left there is taken up
     predictor: Predictor,
     tell: Callable[[list[dict]], None],  # called with rows as they come; may raise to stop
+    child: Decoder,  # that reads the file
 ) -> Scan:
     "Classify a recording block by block. Raises `InputError`, LedgerError when a block cannot be kept, and what `tell` raises."
     from threadpoolctl import threadpool_limits
-    with Decoder(path) as child, threadpool_limits(1), ThreadPoolExecutor(1) as pool:
+    with threadpool_limits(1), ThreadPoolExecutor(1) as pool:
         ledger = open_ledger(out, describe_scan(path, predictor, STEP_S, BLOCK_S, {}, child))
         if ledger["state"] == "done": return Scan.load(out)
         plan, around = plan_scan(ledger["recording"]["duration"], ledger["step"], ledger["block"]), CONTEXT_S if "image" in predictor.bundle.inputs else WINDOW_S
@@ -92,10 +93,11 @@ def files_hash(
 # %% ../../nbs/81_service.scans.ipynb #a61db1d5
 def read_middle(
     path: Path,  # a recording
+    child: Decoder,  # that reads it
 ) -> Recording:
     "The ten minutes in its middle; where these cannot be read, its first minute. Raises `InputError`."
-    try: return read_around(path)[0]
-    except InputError: return read_recording(path, start=0, duration=SMALL_S)
+    try: return read_around(path, sandbox=child)[0]
+    except InputError: return read_recording(path, start=0, duration=SMALL_S, sandbox=child)
 
 def count_rows(
     metrics: Metrics,
@@ -115,8 +117,9 @@ def scan_job(
     def tell(rows):
         if stop.is_set(): raise Stopped
         count_rows(engine.metrics, rows)
-    scan = scan_through(path, path.parent / f".scan-{__version__}-{predictor.bundle.sha256[:16]}", predictor, tell)
-    recording = read_middle(path)
+    with Decoder(path) as child:
+        scan = scan_through(path, path.parent / f".scan-{__version__}-{predictor.bundle.sha256[:16]}", predictor, tell, child)
+        recording = read_middle(path, child)
     answer = scan_reply(scan, recording, predictor, files_hash(path.parent), begin)
     x = predictor.inputs(recording)
     middle = scan.table.iloc[(scan.table["at"] - recording.start - x.at).abs().argmin()]
