@@ -14,6 +14,7 @@ from hms_brain.audit import AuditLog, read_log
 from hms_brain.core import CLASSES, sha256_file
 from hms_brain.events import find_events
 from hms_brain.exports import write_edf
+from hms_brain.formats.sandbox import Decoder
 from hms_brain.predict import Predictor
 from hms_brain.scan import scan_file
 from hms_brain.scan_files import describe
@@ -21,7 +22,7 @@ from hms_brain.service import scans
 from hms_brain.service.engine import Engine
 from hms_brain.service.jobs import Ledger, Stopped, do_one, work_through
 from hms_brain.service.tokens import Terms
-from hms_brain.service.web import create_app
+from hms_brain.service.web import NPY, create_app
 from hms_brain.simulate import simulate_recording
 
 
@@ -99,19 +100,21 @@ def test_a_scan_goes_on_where_it_was_left(short, tmp_path, monkeypatch):
     def tell(rows):
         if len(seen) >= 8: raise Stopped
         seen.extend(rows)
-    with pytest.raises(Stopped): scans.scan_through(path, tmp_path / "job/.scan", predictor, tell)
     left = []
-    done = scans.scan_through(path, tmp_path / "job/.scan", predictor, left.extend)
+    with Decoder(path) as child:
+        with pytest.raises(Stopped): scans.scan_through(path, tmp_path / "job/.scan", predictor, tell, child)
+        done = scans.scan_through(path, tmp_path / "job/.scan", predictor, left.extend, child)
     assert [len(seen), len(left)] == [8, 13]
     pd.testing.assert_frame_equal(done.table, scan_file(path, tmp_path / "whole", predictor, block=16.0).table)
 
 
 def test_the_end_of_the_service_fails_no_job(minutes, scan, tmp_path):
-    "It waits for the next start, which does it; the interruption was no try."
+    "It waits for the next start, which does it; the interruption was no try. Requests are answered beside it."
     with service(tmp_path) as client:
         id = client.post("/jobs", files={"file": ("a.edf", minutes.read_bytes())}).json()["id"]
         while not client.app.state.ledger.count()["running"]: time.sleep(0.01)
-        time.sleep(0.5)
+        eeg = np.nan_to_num(simulate_recording(seed=3, pattern="lpd", duration=50).eeg)
+        assert client.post("/predict", content=npy(eeg), headers={"content-type": NPY}).status_code == 200 and client.app.state.ledger.count()["running"] == 1
     ledger = client.app.state.ledger
     assert ledger.run("SELECT state, tries FROM jobs") == [("waiting", 0)]
     ledger.close()
@@ -208,4 +211,14 @@ def test_names_leave_the_ledger_with_the_job(tmp_path):
         assert any(b"Capybarsky" in p.read_bytes() for p in tmp_path.glob("jobs.sqlite*"))
         assert end(id)
         assert not any(b"Capybarsky" in p.read_bytes() for p in tmp_path.glob("jobs.sqlite*"))
+    ledger.close()
+
+
+def test_a_fault_in_the_log_names_no_file(tmp_path, caplog):
+    "Where it happened is told, its words are not: they may hold the name of a file, which may be a patient's."
+    ledger, name = Ledger(tmp_path), "Capybarsky.vhdr"
+    id = accepted(ledger)
+    def work(path): raise FileNotFoundError(2, "No such file", name)
+    assert do_one(ledger, work) and ledger.find(id)["result"] == {"error": "an internal error"}
+    assert "FileNotFoundError at" in caplog.text and "in work" in caplog.text and "Capybarsky" not in caplog.text
     ledger.close()

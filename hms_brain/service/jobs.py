@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
+from traceback import format_tb
 
 from ..core import InputError, to_jsonable
 from ..runs import now
@@ -192,7 +193,7 @@ def outcome(
     except InputError as e: return "failed", {"error": e.what + (f"; {e.mend}" if e.mend else "")}
     except Exception as e:
         if stop.is_set(): raise Stopped from e  # a process that ends lets nobody work
-        logging.getLogger(__name__).exception("job %s", id)
+        logging.getLogger(__name__).error("job %s: %s at\n%s", id, type(e).__name__, "".join(format_tb(e.__traceback__)))  # its words may name a file, and so a patient
         return "failed", {"error": "an internal error"}
 
 # %% ../../nbs/81_service.jobs.ipynb #02dcec3a

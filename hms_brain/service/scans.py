@@ -39,10 +39,11 @@ def scan_through(
     out: Path,  # a folder; what a scan of the same left there is taken up
     predictor: Predictor,
     tell: Callable[[list[dict]], None],  # called with rows as they come; may raise to stop
+    child: Decoder,  # that reads the file
 ) -> Scan:
     "Classify a recording block by block. Raises `InputError`, LedgerError when a block cannot be kept, and what `tell` raises."
     from threadpoolctl import threadpool_limits
-    with Decoder(path) as child, threadpool_limits(1), ThreadPoolExecutor(1) as pool:
+    with threadpool_limits(1), ThreadPoolExecutor(1) as pool:
         ledger = open_ledger(out, describe_scan(path, predictor, STEP_S, BLOCK_S, {}, child))
         if ledger["state"] == "done": return Scan.load(out)
         plan, around = plan_scan(ledger["recording"]["duration"], ledger["step"], ledger["block"]), CONTEXT_S if "image" in predictor.bundle.inputs else WINDOW_S
@@ -64,6 +65,7 @@ def as_columns(
     return {"at": table["at"].round(3), **{c: p[:, i].round(4) for i, c in enumerate(CLASSES)}, "entropy": entropy(p).round(4), "abstained": table.abstained, "gap": gap,
             "reasons": reasons, "quality": quality, "texts": {"reasons": why, "quality": flags}}
 
+# %% ../../nbs/81_service.scans.ipynb #14ddc4d9
 def scan_reply(
     scan: Scan,
     recording: Recording,  # a part of it, as it was read
@@ -88,12 +90,14 @@ def files_hash(
     hashes = [sha256_file(p) for p in sorted(folder.iterdir()) if p.is_file()]
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
+# %% ../../nbs/81_service.scans.ipynb #a61db1d5
 def read_middle(
     path: Path,  # a recording
+    child: Decoder,  # that reads it
 ) -> Recording:
     "The ten minutes in its middle; where these cannot be read, its first minute. Raises `InputError`."
-    try: return read_around(path)[0]
-    except InputError: return read_recording(path, start=0, duration=SMALL_S)
+    try: return read_around(path, sandbox=child)[0]
+    except InputError: return read_recording(path, start=0, duration=SMALL_S, sandbox=child)
 
 def count_rows(
     metrics: Metrics,
@@ -102,6 +106,7 @@ def count_rows(
     "Count windows of a scan as those of other answers."
     for row in rows: metrics.count(row | {"probabilities": {c: row[c] for c in CLASSES}, "quality": [{"kind": kind} for kind in row["quality"].split()]})
 
+# %% ../../nbs/81_service.scans.ipynb #a54a399e
 def scan_job(
     path: Path,  # the recording, in a folder of its own
     engine: Engine,  # whose bundle answers, and who is told
@@ -112,8 +117,9 @@ def scan_job(
     def tell(rows):
         if stop.is_set(): raise Stopped
         count_rows(engine.metrics, rows)
-    scan = scan_through(path, path.parent / f".scan-{__version__}-{predictor.bundle.sha256[:16]}", predictor, tell)
-    recording = read_middle(path)
+    with Decoder(path) as child:
+        scan = scan_through(path, path.parent / f".scan-{__version__}-{predictor.bundle.sha256[:16]}", predictor, tell, child)
+        recording = read_middle(path, child)
     answer = scan_reply(scan, recording, predictor, files_hash(path.parent), begin)
     x = predictor.inputs(recording)
     middle = scan.table.iloc[(scan.table["at"] - recording.start - x.at).abs().argmin()]

@@ -29,7 +29,7 @@ FORM = {"requestBody": {"required": True, "content": {"multipart/form-data": {"s
     "file": {"type": "array", "minItems": 1, "maxItems": MOST_FILES, "items": {"type": "string", "format": "binary"}, "description": "the recording; of several files all of them"}}}}}}}
 
 def no_space(
-    error: OSError,
+    error: OSError,  # of the disk
 ) -> OSError | HTTPException:  # to be raised
     "503 where the disk is full; everything else as it is."
     return HTTPException(503, "no space for the upload", {"Retry-After": "60"}) if error.errno in (errno.ENOSPC, errno.EDQUOT) else error

@@ -36,7 +36,7 @@ import uvicorn
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Query, Request, Response, WebSocket
 from fastapi import Path as InPath
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 from fastapi.security import HTTPBearer
 from fastapi_offline import FastAPIOffline
 from pydantic import BaseModel
@@ -98,7 +98,7 @@ class Problem(BaseModel):
     status: int
     detail: str
 
-ERRORS: dict[int | str, dict[str, Any]] = {code: {"model": Problem, "content": {"application/problem+json": {}}} for code in (400, 401, 403, 404, 408, 413, 415, 422, 429, 503)}
+ERRORS: dict[int | str, dict[str, Any]] = {code: {"content": {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}} for code in (400, 401, 403, 404, 408, 413, 415, 422, 429, 503)}
 NPY = "application/x-npy"
 Scale = Annotated[float | None, Query(description="of an array: microvolts per step; needed for integers")]
 Rate = Annotated[float | None, Query(description="of an array: sampling rate, Hz; default 200")]
@@ -155,13 +155,11 @@ Unit = Annotated[str | None, Query(description="of the samples, where the file i
 @predictions.post("/predict/file", responses=ERRORS | {200: {"model": Answer}}, openapi_extra=FORM)
 async def predict_upload(request: Request, at: At = None, unit: Unit = None) -> Response:
     "Classify one window of a recording in any readable format."
-    engine = request.app.state.engine
-    async with sent_files(request) as files:
-        folder = request.app.state.ledger.place()
-        try:
-            path = await asyncio.get_running_loop().run_in_executor(engine.decoders, keep_files, files, folder)
-            return JSONResponse(await engine.ask(lambda: read_file(path, at, unit), engine.decoders))
-        finally: shutil.rmtree(folder, ignore_errors=True)
+    engine, folder = request.app.state.engine, request.app.state.ledger.place()
+    try:
+        async with sent_files(request) as files: path = await asyncio.get_running_loop().run_in_executor(engine.decoders, keep_files, files, folder)
+        return JSONResponse(await engine.ask(lambda: read_file(path, at, unit), engine.decoders))
+    finally: shutil.rmtree(folder, ignore_errors=True)
 
 # %% ../../nbs/81_service.web.ipynb #c7aec48b
 JobId = Annotated[str, InPath(pattern="^[0-9a-f]{16}$")]
@@ -170,18 +168,18 @@ JobId = Annotated[str, InPath(pattern="^[0-9a-f]{16}$")]
 async def add_job(request: Request, caller: MayPredict) -> Response:
     "Accept a whole recording for later. It is on the disk when this answers, and has one result in the end."
     state, run = request.app.state, partial(asyncio.get_running_loop().run_in_executor, request.app.state.engine.decoders)
-    async with sent_files(request) as files:
-        folder = state.ledger.place()
-        try: id = await run(lambda: state.ledger.add(keep_files(files, folder), caller.subject))
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
+    folder = state.ledger.place()
+    try:
+        async with sent_files(request) as files: id = await run(lambda: state.ledger.add(keep_files(files, folder), caller.subject))
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
     state.wake.set()
     return JSONResponse({"id": id, "state": "waiting"}, 202, {"Location": f"/jobs/{id}"})
 
 @predictions.get("/jobs/{id}", responses=ERRORS)
 async def see_job(request: Request, caller: MayPredict, id: JobId) -> Response:
-    "Where a job stands, and its result."
+    "Where a job stands, and its result: what was read, summary, burden, events, and the windows as columns."
     find = lambda: (job := request.app.state.ledger.find(id, caller.subject)) and JSONResponse(job)  # a day's result is megabytes
     if (answer := await asyncio.to_thread(find)) is None: raise HTTPException(404, "no such job")
     return answer
@@ -213,7 +211,7 @@ async def reload(request: Request) -> dict:
     "Read the bundle's folder again; the present model stays when anything is wrong with it."
     return {"bundle": await request.app.state.engine.reload()}
 
-@measures.get("/metrics", responses=ERRORS)
+@measures.get("/metrics", responses=ERRORS, response_class=PlainTextResponse)
 async def metrics(request: Request) -> Response:
     "Counters for Prometheus."
     state = request.app.state
@@ -229,7 +227,7 @@ async def live() -> dict:
     "The process answers."
     return {"status": "live"}
 
-@health.get("/health/ready", responses={503: {"model": Problem}})
+@health.get("/health/ready", responses={503: ERRORS[503] | {"model": Problem}})  # which puts Problem among the schemas of the document
 async def ready(request: Request) -> dict:
     "The service takes predictions; 503 while it drains."
     if request.app.state.slots.draining: raise HTTPException(503, "the service is about to stop")
