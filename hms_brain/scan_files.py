@@ -168,8 +168,8 @@ def write_scan_pdf(
     from matplotlib.figure import Figure
     told, (edges, shares) = describe(scan, events, high), scan_bins(scan.table, scan.duration)
     page = Figure(figsize=(8.27, 11.69))
-    page.text(0.08, 0.95, f"A recording of {clock(scan.duration)}", fontsize=15)
-    page.text(0.08, 0.925, NOTICE + (" The model was trained on simulated EEG only." if scan.about["bundle"]["simulated"] else ""), fontsize=9, weight="bold")
+    page.text(0.08, 0.96, f"A recording of {clock(scan.duration)}", fontsize=15)
+    page.text(0.08, 0.94, NOTICE + (" The model was trained on simulated EEG only." if scan.about["bundle"]["simulated"] else ""), fontsize=9, weight="bold")
     axes, below = page.add_axes((0.08, 0.68, 0.86, 0.2)), np.zeros(len(shares))
     looks: list[tuple[str, dict]] = [(CLASS_LABELS[c], dict(color=CLASS_COLORS[c])) for c in CLASSES] + [("poor signal", dict(color="#9a9a9a")), ("no data", dict(facecolor="white", hatch="////", edgecolor="#777777", linewidth=0))]
     for (label, look), y in zip(looks, shares.T):
@@ -184,7 +184,7 @@ def write_scan_pdf(
         drawn.auto_set_font_size(False)
         drawn.set_fontsize(7)
     page.text(0.08, 0.62, told["status"], fontsize=8, wrap=True)
-    page.text(0.08, 0.908, told["unfinished"], fontsize=9, weight="bold", wrap=True)
+    page.text(0.08, 0.932, told["unfinished"], fontsize=9, weight="bold", wrap=True, va="top")
     hours = told["burden"] if len(told["burden"]) <= 24 else [*told["burden"][:24], ("...", "", "", "", "", "", "")]
     table(hours, ["hour", "judged", *(CLASS_LABELS[c] for c in CLASSES[:-1])], (0.08, 0.3, 0.86, 0.29))
     table([*told["events"][:14], *([("...", f"{len(told['events'])} in all", "", "", "", "")] if len(told["events"]) > 14 else [])], ["from", "to", "s", "pattern", "mean", "peak"], (0.08, 0.06, 0.86, 0.2))

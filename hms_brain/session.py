@@ -171,7 +171,7 @@ def scan_session(
         read_through(session)
         session.state = "done"
     except Stopped: session.state = "stopped"
-    except InputError as e: session.state, session.error = "failed", str(e)
+    except InputError as e: session.state, session.error = "failed", str(InputError(e.what, mend=e.mend))  # the name of a file may be a patient's
     except Exception as e: session.state, session.error = "failed", f"the scan failed ({type(e).__name__})"
 
 

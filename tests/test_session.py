@@ -18,7 +18,7 @@ from hms_brain.records import read_recording
 from hms_brain.results import report_html, similar, without_copy, write_downloads
 from hms_brain.scan import Scan
 from hms_brain.scan_files import describe, unfinished, write_annotated, write_scan
-from hms_brain.session import KINDS, PACKED, Session, Sessions, pack_rows, scan_session
+from hms_brain.session import KINDS, PACKED, Session, Sessions, pack_rows, progress, scan_session
 from hms_brain.simulate import simulate_recording
 
 NAMES = [*CHANNELS, EKG]
@@ -102,12 +102,13 @@ def halted(session, after, error=None):
 
 def test_a_session_that_was_stopped_or_failed(recorded, tmp_path):
     stopped = halted(Session(tmp_path, recorded, step=1.0), 1)
-    failed = halted(Session(tmp_path, recorded, step=1.0), 1, InputError("cannot be read any more", "recording.edf"))
+    failed = halted(Session(tmp_path, recorded, step=1.0), 1, InputError("cannot be read any more", "Doe_John.vhdr"))
     assert (stopped.state, failed.state) == ("stopped", "failed") and 0 < len(stopped.rows) < len(stopped.plan.firsts)
     assert "The scan was stopped at 0:01:28 of 0:02:00" in report_html(stopped), "64 windows: a task of them"
-    assert "The scan failed at 0:01:28 of 0:02:00: recording.edf: cannot be read any more" in report_html(failed)
+    assert "The scan failed at 0:01:28 of 0:02:00: cannot be read any more." in report_html(failed)
     files = {Path(f).name: Path(f) for f in write_downloads(failed, tmp_path / "files")}
     assert json.loads(files["summary.json"].read_text())["summary"]["state"] == "failed"
+    assert "Doe_John" not in files["report.html"].read_text() + report_html(failed) + str(progress(failed)), "the name of a file may be a patient's"
 
 
 def test_windows_like_it_at_small_steps(tmp_path):
