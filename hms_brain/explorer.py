@@ -51,7 +51,7 @@ def known_id(path: Path, size: int, changed: int) -> str:
     return recording_id([path])
 
 def recordings_in(
-    folder: Path,
+    folder: Path,  # looked into, not below
 ) -> list[Path]:  # files, and folders of EGI (MFF)
     "What may be a recording, by its name: any ending of a format that can be read, but no table of the competition and no companion of another file."
     from hms_brain.formats.sandbox import SUFFIXES, load_plugins

@@ -109,13 +109,18 @@ def test_performance_shows_what_evaluate_says(runs):
     assert np.allclose(decoded(z).reshape(6, 6), np.round(100 * np.array(result["confusion"]["row"]), 1))
 
 
-def test_experts_are_shown_where_they_are_known(tmp_path):
+def write_read(folder):
+    "A table of 200 windows of 40 patients that five named experts have read, and a model."
     rng = rng_for(1, "raters")
-    truth = rng.integers(0, 6, 80)
-    raters = {f"expert_{k:02d}": np.where(rng.random(80) < .7, truth, rng.integers(0, 6, 80)) for k in range(5)}
-    p = .1 / 6 + .9 * np.eye(6)[truth]
-    (tmp_path / "read").mkdir()
-    pd.DataFrame({**raters, **{f"p_{c}": v for c, v in zip(CLASSES, p.T)}, "patient_id": range(80)}).to_csv(tmp_path / "read/predictions.csv", index=False)
+    truth = rng.integers(0, 6, 200)
+    raters = {f"expert_{k:02d}": np.where(rng.random(200) < .7, truth, rng.integers(0, 6, 200)) for k in range(5)}
+    p = .3 / 6 + .7 * np.eye(6)[np.where(rng.random(200) < .8, truth, rng.integers(0, 6, 200))]
+    folder.mkdir(parents=True)
+    pd.DataFrame({**raters, **{f"p_{c}": v for c, v in zip(CLASSES, p.T)}, "patient_id": np.arange(200) // 5}).to_csv(folder / "predictions.csv", index=False)
+
+
+def test_experts_are_shown_where_they_are_known(tmp_path):
+    write_read(tmp_path / "read")
     page = Performance(tmp_path)
     page.tabs.selected_index = list(VIEWS).index("Experts")
     _, said, under, index = page.places["Experts"].children
@@ -342,10 +347,18 @@ def flatter_bundle(place):
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    "A workbench of its own with two runs, an alert and a scan."
+def service():
+    "A running `hms serve`: its address."
+    from hms_brain.service.web import running_service
+    with running_service(HMS_SYSTEM_THREADS="1") as (url, _): yield url
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory, service):
+    "A workbench of its own with two runs, a table that experts have read, an alert, and a service."
     folder = tmp_path_factory.mktemp("workbench")
-    (folder / "settings.ini").write_text("[system]\nworkers = 1\nthreads = 1\n")
+    (folder / "settings.ini").write_text(f"[system]\nworkers = 1\nthreads = 1\n[deployment]\nservice_port = {service.rpartition(':')[2]}\n")
+    write_read(folder / "outputs/runs/read")
     write_run(folder / "outputs/runs/first", [.9, .7, .6, .55])
     write_run(folder / "outputs/runs/second", [.8, .5], batch_size=8)
     flatter_bundle(folder / "outputs/runs/first/bundle")
@@ -408,24 +421,75 @@ def opened(tab, served, name, scheme="light", figures=1, query="", said="Researc
     tab.get_by_text(said).first.wait_for()
     assert tab.locator(".jp-RenderedText[data-mime-type='application/vnd.jupyter.error'], [data-mime-type='application/vnd.jupyter.stderr'], .hms-note.bad").count() == 0
     tab.wait_for_timeout(1500)
+    picture(tab, shot or f"{name}_{scheme}")
+    return tab.inner_text("body")
+
+
+def picture(tab, name):
+    "The whole page, kept."
     SHOTS.mkdir(parents=True, exist_ok=True)
     tall = tab.evaluate("document.getElementById('rendered_cells').scrollHeight")
     tab.set_viewport_size({"width": 1280, "height": min(int(tall) + 120, 4000)})
-    tab.wait_for_timeout(500)
-    tab.screenshot(path=SHOTS / f"{shot or name + '_' + scheme}.png")
-    return tab.inner_text("body")
+    tab.wait_for_timeout(700)
+    tab.screenshot(path=SHOTS / f"{name}.png")
 
 
 @pytest.mark.slow
 @needs_browser
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("name, figures, said", [("training", 2, "simulated EEG"), ("performance", 1, "trained on simulated EEG"), ("recording", 4, "at a threshold of 0.50"), ("system", 1, "Drift")])
+@pytest.mark.parametrize("name, figures, said", [("training", 2, "simulated EEG"), ("performance", 1, "trained on simulated EEG"), ("recording", 4, "at a threshold of 0.50"), ("system", 2, "Drift")])
 def test_every_dashboard_shows_its_figures(served, tab, name, figures, said, scheme):
     text = opened(tab, served, name, scheme, figures, said=said)
     assert "simulated EEG" in text or name == "system"
     assert said in text and "Research use only" in text
     background = tab.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (sum(map(int, re.findall(r"\d+", background)[:3])) < 200) == (scheme == "dark"), background
+
+
+@pytest.mark.slow
+@needs_browser
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_every_tab_of_the_performance_shows_its_figures(served, tab, scheme):
+    "Of answers beside which experts stand: every tab is opened, each has a figure, none a line of trouble."
+    opened(tab, served, "performance", scheme, query="run=read&", said="model", shot=f"performance_read_{scheme}")
+    for k, name in enumerate(VIEWS):
+        tab.locator(".lm-TabBar-tab", has_text=re.compile(f"^{name}$")).click()
+        tab.wait_for_function(f"{SEEN}.length == {2 if name == 'Experts' else 1}")
+        assert tab.locator(".hms-note.bad").count() == 0 and tab.locator(".widget-tab-contents .hms-note:visible").count() == 0, name
+        assert tab.locator("[data-mime-type='application/vnd.jupyter.error'], [data-mime-type='application/vnd.jupyter.stderr']").count() == 0, name
+        picture(tab, f"performance_{k}_{name.replace(' ', '_').lower()}_{scheme}")
+
+
+def ask_service(url, k):
+    "A window of its own of simulated EEG, as a client sends it."
+    from io import BytesIO
+
+    from hms_brain.simulate import simulate_recording
+    body = BytesIO()
+    np.save(body, simulate_recording(seed=k, patient=k, pattern=CLASSES[k % 5], duration=50).eeg.astype(np.float32))
+    return httpx.post(f"{url}/predict", content=body.getvalue(), headers={"Content-Type": "application/x-npy"}, timeout=60).status_code
+
+
+@pytest.mark.slow
+@needs_browser
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_system_shows_a_service_at_work(served, tab, service, scheme):
+    "Latency, errors, classes, drift and rules of a service that is asked while one looks."
+    assert [ask_service(service, k) for k in range(40)] == [200] * 40
+    assert httpx.post(f"{service}/predict", content=b"x", headers={"Content-Type": "application/x-npy"}).status_code in (400, 422)
+    opened(tab, served, "system", scheme, figures=3, said="Since it began", shot=f"system_before_{scheme}")
+    lines = "Object.fromEntries([...document.querySelectorAll('.js-plotly-plot')].flatMap(f => f.data.map(t => [t.name || f.layout.xaxis.title?.text || f.layout.yaxis.title?.text || '', t.y])))"
+    end = time.monotonic() + WAIT_MS / 1000
+    while not any(v for v in tab.evaluate(f"Array.from({lines}['99 %'] || [])")):
+        assert ask_service(service, 100 + int(time.monotonic())) == 200 and time.monotonic() < end
+        tab.wait_for_timeout(1000)
+    shown = tab.evaluate(lines)
+    assert {"all", "median", "99 %", "internal errors", "turned away"} <= set(shown) and any("distance from the held-out" in k for k in shown), list(shown)
+    assert not any(v for v in tab.evaluate(f"Array.from({lines}['internal errors'])"))
+    text = tab.inner_text("body")
+    for words in ("takes requests", "Since it began", "/predict", "Alert rules", "SlowAnswers", "Drift"): assert words in text, words
+    assert "no verdict" not in text and tab.locator(".hms-note.bad").count() == 0
+    picture(tab, f"system_service_{scheme}")
 
 
 @pytest.mark.slow
