@@ -265,7 +265,8 @@ def test_a_patient_is_chosen_first(tmp_path, monkeypatch):
     assert e.c["recording"].label == "EEG 21" and e.reader.path.stem == "21" and e.c["page"].outputs and e.c["message"].value == ""
     e.c["of"].value = "recordings"
     assert [n for n, _ in e.c["recording"].options][1:] == ["a.rec", "b.BDF", "c.npy", "d.vhdr", "e.csv"] and e.reader.path.name == "sample.edf"
-    assert explorer(ROOT / "hms_brain/assets/sample.edf").c["of"].layout.display == "none"
+    alone = explorer(ROOT / "hms_brain/assets/sample.edf").c
+    assert alone["of"].layout.display == "none" and {alone[n].layout.display for n in ("recording", "model", "montage", "threshold")} == {None}
 
 
 def test_a_recording_that_is_none_ends_in_a_line(tmp_path):
@@ -581,33 +582,44 @@ def test_nobody_comes_without_the_token(served):
         assert httpx.get(f"{base}/{path}?token={token}", timeout=30).status_code == 404, path
 
 
+def run_in_lab(page, base, token, name):
+    "Open a notebook in JupyterLab and run all of it."
+    page.goto(f"{base}/lab/tree/{name}.ipynb?reset&token={token}")
+    page.locator(".jp-Notebook").first.wait_for()
+    page.locator("#jp-main-statusbar").get_by_text("| Idle").wait_for()  # what is run before there is a kernel is dropped
+    page.locator("#jp-MainMenu .lm-MenuBar-item", has_text="Run").click()
+    page.locator(".lm-Menu-item[data-command='runmenu:run-all']").click()
+
+
 @pytest.mark.slow
 @needs_browser
-def test_the_same_notebook_works_in_jupyterlab(home, browser, tmp_path):
-    "The dashboard of a recording, run in JupyterLab as a reader would run it."
-    shutil.copy(dashboards() / "recording.ipynb", tmp_path / "recording.ipynb")
+def test_the_same_notebooks_work_in_jupyterlab(home, browser, tmp_path):
+    "The four dashboards, run in one JupyterLab as a reader would run them."
+    for name in PAGES: shutil.copy(dashboards() / f"{name}.ipynb", tmp_path)
     port, token = take_port("127.0.0.1", 0), "lab-" + "t" * 20
+    base = f"http://127.0.0.1:{port}"
     env = os.environ | {"PYTHONPATH": str(ROOT), "HMS_ROOT": str(home), "JUPYTER_CONFIG_DIR": str(tmp_path / "config"), "JUPYTER_DATA_DIR": str(tmp_path / "data"), "JUPYTER_RUNTIME_DIR": str(tmp_path / "runtime")}
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--ServerApp.root_dir={tmp_path}", f"--ServerApp.port={port}", f"--IdentityProvider.token={token}", "--LabApp.news_url=", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"]
     process = subprocess.Popen(command, env=env, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     context, foreign = browser.new_context(viewport={"width": 1400, "height": 2400}), []
     try:
         for _ in range(600):
-            try: httpx.get(f"http://127.0.0.1:{port}/api", timeout=20); break
+            try: httpx.get(f"{base}/api", timeout=20); break
             except httpx.TransportError: time.sleep(.3)
         page = context.new_page()
         page.set_default_timeout(WAIT_MS)
         page.on("request", lambda r: foreign.append(r.url) if not r.url.startswith(("http://127.0.0.1", "blob:", "data:")) else None)
-        page.goto(f"http://127.0.0.1:{port}/lab/tree/recording.ipynb?token={token}")
-        page.locator(".jp-Notebook").first.wait_for()
-        page.locator("#jp-main-statusbar").get_by_text("| Idle").wait_for()  # what is run before there is a kernel is dropped
-        page.locator("#jp-MainMenu .lm-MenuBar-item", has_text="Run").click()
-        page.locator(".lm-Menu-item[data-command='runmenu:run-all']").click()
-        knobs(page)
-        assert page.locator(".jp-RenderedText[data-mime-type='application/vnd.jupyter.error']").count() == 0 and foreign == []
+        for name, figures, said in (("recording", 4, "at a threshold of 0.50"), ("training", 2, "simulated EEG"), ("performance", 1, "trained on simulated EEG"), ("system", 2, "Since it began")):
+            run_in_lab(page, base, token, name)
+            page.get_by_text(said).first.wait_for()
+            page.wait_for_function(f"{SEEN}.length >= {figures}")
+            if name == "recording": knobs(page)
+            page.wait_for_timeout(1000)
+            SHOTS.mkdir(parents=True, exist_ok=True)
+            page.screenshot(path=SHOTS / f"lab_{name}.png")
+            assert page.locator(".jp-RenderedText[data-mime-type='application/vnd.jupyter.error'], [data-mime-type='application/vnd.jupyter.stderr'], .hms-note.bad").count() == 0 and foreign == [], name
     finally:
-        SHOTS.mkdir(parents=True, exist_ok=True)
-        context.pages[0].screenshot(path=SHOTS / "explorer_lab.png")
+        context.pages[0].screenshot(path=SHOTS / "lab_last.png")
         context.close()
         process.terminate()
         process.wait(60)
