@@ -51,7 +51,7 @@ def known_id(path: Path, size: int, changed: int) -> str:
     return recording_id([path])
 
 def recordings_in(
-    folder: Path,
+    folder: Path,  # looked into, not below
 ) -> list[Path]:  # files, and folders of EGI (MFF)
     "What may be a recording, by its name: any ending of a format that can be read, but no table of the competition and no companion of another file."
     from hms_brain.formats.sandbox import SUFFIXES, load_plugins
@@ -163,7 +163,7 @@ def explorer_controls(
     import ipywidgets as w
     if montage not in MONTAGES: raise InputError(f"unknown montage {montage!r}", mend=f"known: {', '.join(MONTAGES)}")
     wide, narrow = dict(layout=w.Layout(width="min(100%, 400px)"), style={"description_width": "76px"}), w.Layout(width="auto")
-    found = {"of": w.Dropdown(options=list(dict.fromkeys(s["of"] for s in sources)), description="of", **wide), "recording": w.Dropdown(options=listed(sources, sources[0]["of"]), description="recording", **wide), "model": w.Dropdown(options=models, description="model", **wide),
+    found = {"of": w.Dropdown(options=list(dict.fromkeys(s["of"] for s in sources)), description="of", layout=w.Layout(width="min(100%, 400px)"), style=wide["style"]), "recording": w.Dropdown(options=listed(sources, sources[0]["of"]), description="recording", **wide), "model": w.Dropdown(options=models, description="model", **wide),
              "montage": w.Dropdown(options=[(m.replace("_", " "), m) for m in MONTAGES], value=montage, description="montage", **wide),
              "threshold": w.FloatSlider(value=threshold, min=.1, max=.95, step=.05, description="threshold", continuous_update=False, **wide),
              "at": w.FloatSlider(min=0, max=1, step=1, description="window, s", continuous_update=False, readout_format=".0f", layout=w.Layout(width="min(100%, 640px)"), style={"description_width": "76px"}),

@@ -8,8 +8,8 @@ Docs: https://hms-brain.github.io/hms_brain/panels.html.md"""
 __all__ = ['MIME', 'RUN_COLORS', 'RUN_MARKS', 'ANSWERS', 'WORK', 'STYLE', 'SORRY', 'figure_bundle', 'grid', 'list_runs',
            'minutes', 'run_rows', 'run_look', 'plot_compared', 'plot_pace', 'differing', 'list_answers', 'list_bundles',
            'gpu_sample', 'machine_sample', 'clock_axis', 'clock_span', 'plot_machine', 'service_sample', 'route_rows',
-           'plot_service', 'plot_answers', 'plot_drift', 'rule_rows', 'html', 'note', 'nothing', 'origin', 'frame',
-           'draw', 'guarded', 'ticker']
+           'plot_service', 'plot_answers', 'plot_drift', 'in_units', 'rule_rows', 'html', 'note', 'nothing', 'origin',
+           'frame', 'draw', 'guarded', 'ticker']
 
 # %% ../nbs/83_panels.ipynb #51c19525
 import json
@@ -243,7 +243,7 @@ def plot_service(
     for col, lines in enumerate(panels.values(), start=1):
         for key, name, unit, color, dash in lines:
             y = [None if r[key] is None else unit * r[key] for r in rows]
-            figure.add_scatter(x=at, y=y, mode="lines+markers", name=name, line=dict(color=color, width=2, dash=dash), marker=dict(size=4), showlegend=col > 1, hovertemplate=f"{name} %{{x|%H:%M:%S}}: %{{y:.3g}}<extra></extra>", row=1, col=col)
+            figure.add_scatter(x=at, y=y, mode="lines+markers", name=name, line=dict(color=color, width=2, dash=dash), marker=dict(size=6), cliponaxis=False, showlegend=col > 1, hovertemplate=f"{name} %{{x|%H:%M:%S}}: %{{y:.3g}}<extra></extra>", row=1, col=col)
     figure.update_xaxes(tickformat="%H:%M:%S", nticks=5, range=clock_span(rows))
     figure.update_yaxes(rangemode="tozero")
     return styled(figure, 290, legend=True)
@@ -277,6 +277,15 @@ def plot_drift(
     return styled(figure, 110 + 24 * len(names), left=150)
 
 # %% ../nbs/83_panels.ipynb #bca349f7
+def in_units(
+    rule: Rule,
+    value: float,  # as measured
+) -> str:
+    "A measured value as people say it: shares in per cent, bytes in GiB, seconds."
+    if isinstance(rule.measure, Share): return f"{100 * value:.3g} %"
+    name = rule.measure.name
+    return f"{value / 2**30:.3g} GiB" if name.endswith("_bytes") else f"{value:.3g} s" if name.endswith("_seconds") else f"{value:.3g}"
+
 def rule_rows(
     looks: Sequence[tuple[float, Samples]],  # time (s) and what was seen, in their order
     rules: Sequence[Rule] = RULES,
@@ -287,7 +296,7 @@ def rule_rows(
     for rule in rules:
         then = next((s for t, s in reversed(looks) if t <= at - rule.over), looks[0][1])
         value = rule.measure.value(now, then)
-        rows.append({"rule": rule.name, "now": "too few events" if value is None else f"{value:.3g}", "limit": f"{'at least' if rule.below else 'at most'} {rule.limit:.3g}", "verdict": "–" if value is None else "broken" if rule.broken(value) else "kept", "meaning": rule.words})
+        rows.append({"rule": rule.name, "now": "too few events" if value is None else in_units(rule, value), "limit": f"{'at least' if rule.below else 'at most'} {in_units(rule, rule.limit)}", "verdict": "–" if value is None else "broken" if rule.broken(value) else "kept", "meaning": rule.words})
     return rows
 
 # %% ../nbs/83_panels.ipynb #44a6bd4f

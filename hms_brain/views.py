@@ -205,14 +205,14 @@ class System:
         import ipywidgets as w
         self.url, self.path = url or f"http://127.0.0.1:{get_settings().deployment.service_port}", Path(log or setting_path("audit") / "alerts.jsonl")
         self.machine, self.looks, self.rows = deque[dict](maxlen=KEPT), deque[tuple[float, Samples]](maxlen=KEPT), deque[dict](maxlen=KEPT)
-        self.message, self.facts, self.service, self.routes, self.rules, self.history, self.drifting = (html() for _ in range(7))
+        self.message, self.facts, self.service, self.routes, self.rules, self.history, self.answered, self.drifting = (html() for _ in range(8))
         self.load, self.traffic, self.answers, self.drift = (frame() for _ in range(4))
         self.which, self.by, self.remark = w.Dropdown(description="alert"), w.Text(description="seen by", value=os.environ.get("USER", "")), w.Text(description="note", placeholder="what was done")
         self.button = w.Button(description="Acknowledge")
         self.button.on_click(guarded(self.message, self.acknowledge))
         self.form = w.HBox([self.which, self.by, self.remark, self.button], layout=w.Layout(flex_flow="row wrap"))
         half = w.Layout(flex="1 1 420px", min_width="380px")
-        beside = w.HBox([w.VBox([self.answers], layout=half), w.VBox([self.drifting, self.drift], layout=half)], layout=w.Layout(flex_flow="row wrap"))
+        beside = w.HBox([w.VBox([self.answered, self.answers], layout=half), w.VBox([self.drifting, self.drift], layout=half)], layout=w.Layout(flex_flow="row wrap"))
         self.widget = w.VBox([html(STYLE), self.message, self.history, self.form, self.facts, self.load, self.service, self.traffic, self.routes, beside, self.rules, ticker(every, guarded(self.message, self.look))])
         guarded(self.message, self.look)()
 
@@ -229,17 +229,18 @@ class System:
         self.service.value = service_text(now, self.url)
         if now is None:
             for place in (self.traffic, self.answers, self.drift): draw(place, None)
-            self.routes.value = self.rules.value = self.drifting.value = ""
+            self.routes.value = self.rules.value = self.answered.value = self.drifting.value = ""
             return
         at = time.time()
         if self.looks: self.rows.append(service_sample(now, self.looks[-1][1], at - self.looks[-1][0]) | {"time": at})
         self.looks.append((at, now))
         draw(self.traffic, plot_service(self.rows) if self.rows else None)
         self.routes.value = f'<div class="hms"><h2>Since it began</h2>{grid(route_rows(now)) if route_rows(now) else "<p>No request yet.</p>"}</div>'
+        self.answered.value = '<div class="hms"><h2>Answers since it began</h2></div>'
         draw(self.answers, plot_answers(now))
         far = plot_drift(now)
         draw(self.drift, far)
-        self.drifting.value = "" if far else note("Drift: no verdict before 30 windows of different recordings.")
+        self.drifting.value = '<div class="hms"><h2>Drift</h2></div>' + ("" if far else note("Drift: no verdict before 30 windows of different recordings."))
         self.rules.value = f'<div class="hms"><h2>Alert rules</h2>{grid(rule_rows(self.looks))}<p>hms watch is who decides, writes down and delivers.</p></div>'
 
     def list_alerts(self):

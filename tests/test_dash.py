@@ -109,13 +109,18 @@ def test_performance_shows_what_evaluate_says(runs):
     assert np.allclose(decoded(z).reshape(6, 6), np.round(100 * np.array(result["confusion"]["row"]), 1))
 
 
-def test_experts_are_shown_where_they_are_known(tmp_path):
+def write_read(folder):
+    "A table of 200 windows of 40 patients that five named experts have read, and a model."
     rng = rng_for(1, "raters")
-    truth = rng.integers(0, 6, 80)
-    raters = {f"expert_{k:02d}": np.where(rng.random(80) < .7, truth, rng.integers(0, 6, 80)) for k in range(5)}
-    p = .1 / 6 + .9 * np.eye(6)[truth]
-    (tmp_path / "read").mkdir()
-    pd.DataFrame({**raters, **{f"p_{c}": v for c, v in zip(CLASSES, p.T)}, "patient_id": range(80)}).to_csv(tmp_path / "read/predictions.csv", index=False)
+    truth = rng.integers(0, 6, 200)
+    raters = {f"expert_{k:02d}": np.where(rng.random(200) < .7, truth, rng.integers(0, 6, 200)) for k in range(5)}
+    p = .3 / 6 + .7 * np.eye(6)[np.where(rng.random(200) < .8, truth, rng.integers(0, 6, 200))]
+    folder.mkdir(parents=True)
+    pd.DataFrame({**raters, **{f"p_{c}": v for c, v in zip(CLASSES, p.T)}, "patient_id": np.arange(200) // 5}).to_csv(folder / "predictions.csv", index=False)
+
+
+def test_experts_are_shown_where_they_are_known(tmp_path):
+    write_read(tmp_path / "read")
     page = Performance(tmp_path)
     page.tabs.selected_index = list(VIEWS).index("Experts")
     _, said, under, index = page.places["Experts"].children
@@ -260,7 +265,8 @@ def test_a_patient_is_chosen_first(tmp_path, monkeypatch):
     assert e.c["recording"].label == "EEG 21" and e.reader.path.stem == "21" and e.c["page"].outputs and e.c["message"].value == ""
     e.c["of"].value = "recordings"
     assert [n for n, _ in e.c["recording"].options][1:] == ["a.rec", "b.BDF", "c.npy", "d.vhdr", "e.csv"] and e.reader.path.name == "sample.edf"
-    assert explorer(ROOT / "hms_brain/assets/sample.edf").c["of"].layout.display == "none"
+    alone = explorer(ROOT / "hms_brain/assets/sample.edf").c
+    assert alone["of"].layout.display == "none" and {alone[n].layout.display for n in ("recording", "model", "montage", "threshold")} == {None}
 
 
 def test_a_recording_that_is_none_ends_in_a_line(tmp_path):
@@ -342,10 +348,18 @@ def flatter_bundle(place):
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    "A workbench of its own with two runs, an alert and a scan."
+def service():
+    "A running `hms serve`: its address."
+    from hms_brain.service.web import running_service
+    with running_service(HMS_SYSTEM_THREADS="1") as (url, _): yield url
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory, service):
+    "A workbench of its own with two runs, a table that experts have read, an alert, and a service."
     folder = tmp_path_factory.mktemp("workbench")
-    (folder / "settings.ini").write_text("[system]\nworkers = 1\nthreads = 1\n")
+    (folder / "settings.ini").write_text(f"[system]\nworkers = 1\nthreads = 1\n[deployment]\nservice_port = {service.rpartition(':')[2]}\n")
+    write_read(folder / "outputs/runs/read")
     write_run(folder / "outputs/runs/first", [.9, .7, .6, .55])
     write_run(folder / "outputs/runs/second", [.8, .5], batch_size=8)
     flatter_bundle(folder / "outputs/runs/first/bundle")
@@ -408,24 +422,75 @@ def opened(tab, served, name, scheme="light", figures=1, query="", said="Researc
     tab.get_by_text(said).first.wait_for()
     assert tab.locator(".jp-RenderedText[data-mime-type='application/vnd.jupyter.error'], [data-mime-type='application/vnd.jupyter.stderr'], .hms-note.bad").count() == 0
     tab.wait_for_timeout(1500)
+    picture(tab, shot or f"{name}_{scheme}")
+    return tab.inner_text("body")
+
+
+def picture(tab, name):
+    "The whole page, kept."
     SHOTS.mkdir(parents=True, exist_ok=True)
     tall = tab.evaluate("document.getElementById('rendered_cells').scrollHeight")
     tab.set_viewport_size({"width": 1280, "height": min(int(tall) + 120, 4000)})
-    tab.wait_for_timeout(500)
-    tab.screenshot(path=SHOTS / f"{shot or name + '_' + scheme}.png")
-    return tab.inner_text("body")
+    tab.wait_for_timeout(700)
+    tab.screenshot(path=SHOTS / f"{name}.png")
 
 
 @pytest.mark.slow
 @needs_browser
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("name, figures, said", [("training", 2, "simulated EEG"), ("performance", 1, "trained on simulated EEG"), ("recording", 4, "at a threshold of 0.50"), ("system", 1, "Drift")])
+@pytest.mark.parametrize("name, figures, said", [("training", 2, "simulated EEG"), ("performance", 1, "trained on simulated EEG"), ("recording", 4, "at a threshold of 0.50"), ("system", 2, "Drift")])
 def test_every_dashboard_shows_its_figures(served, tab, name, figures, said, scheme):
     text = opened(tab, served, name, scheme, figures, said=said)
     assert "simulated EEG" in text or name == "system"
     assert said in text and "Research use only" in text
     background = tab.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (sum(map(int, re.findall(r"\d+", background)[:3])) < 200) == (scheme == "dark"), background
+
+
+@pytest.mark.slow
+@needs_browser
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_every_tab_of_the_performance_shows_its_figures(served, tab, scheme):
+    "Of answers beside which experts stand: every tab is opened, each has a figure, none a line of trouble."
+    opened(tab, served, "performance", scheme, query="run=read&", said="model", shot=f"performance_read_{scheme}")
+    for k, name in enumerate(VIEWS):
+        tab.locator(".lm-TabBar-tab", has_text=re.compile(f"^{name}$")).click()
+        tab.wait_for_function(f"{SEEN}.length == {2 if name == 'Experts' else 1}")
+        assert tab.locator(".hms-note.bad").count() == 0 and tab.locator(".widget-tab-contents .hms-note:visible").count() == 0, name
+        assert tab.locator("[data-mime-type='application/vnd.jupyter.error'], [data-mime-type='application/vnd.jupyter.stderr']").count() == 0, name
+        picture(tab, f"performance_{k}_{name.replace(' ', '_').lower()}_{scheme}")
+
+
+def ask_service(url, k):
+    "A window of its own of simulated EEG, as a client sends it."
+    from io import BytesIO
+
+    from hms_brain.simulate import simulate_recording
+    body = BytesIO()
+    np.save(body, simulate_recording(seed=k, patient=k, pattern=CLASSES[k % 5], duration=50).eeg.astype(np.float32))
+    return httpx.post(f"{url}/predict", content=body.getvalue(), headers={"Content-Type": "application/x-npy"}, timeout=60).status_code
+
+
+@pytest.mark.slow
+@needs_browser
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_system_shows_a_service_at_work(served, tab, service, scheme):
+    "Latency, errors, classes, drift and rules of a service that is asked while one looks."
+    assert [ask_service(service, k) for k in range(40)] == [200] * 40
+    assert httpx.post(f"{service}/predict", content=b"x", headers={"Content-Type": "application/x-npy"}).status_code in (400, 422)
+    opened(tab, served, "system", scheme, figures=3, said="Since it began", shot=f"system_before_{scheme}")
+    lines = "Object.fromEntries([...document.querySelectorAll('.js-plotly-plot')].flatMap(f => f.data.map(t => [t.name || f.layout.xaxis.title?.text || f.layout.yaxis.title?.text || '', t.y])))"
+    end = time.monotonic() + WAIT_MS / 1000
+    while not any(v for v in tab.evaluate(f"Array.from({lines}['99 %'] || [])")):
+        assert ask_service(service, 100 + int(time.monotonic())) == 200 and time.monotonic() < end
+        tab.wait_for_timeout(1000)
+    shown = tab.evaluate(lines)
+    assert {"all", "median", "99 %", "internal errors", "turned away"} <= set(shown) and any("distance from the held-out" in k for k in shown), list(shown)
+    assert not any(v for v in tab.evaluate(f"Array.from({lines}['internal errors'])"))
+    text = tab.inner_text("body")
+    for words in ("takes requests", "Since it began", "/predict", "Alert rules", "SlowAnswers", "Drift"): assert words in text, words
+    assert "no verdict" not in text and tab.locator(".hms-note.bad").count() == 0
+    picture(tab, f"system_service_{scheme}")
 
 
 @pytest.mark.slow
@@ -517,33 +582,44 @@ def test_nobody_comes_without_the_token(served):
         assert httpx.get(f"{base}/{path}?token={token}", timeout=30).status_code == 404, path
 
 
+def run_in_lab(page, base, token, name):
+    "Open a notebook in JupyterLab and run all of it."
+    page.goto(f"{base}/lab/tree/{name}.ipynb?reset&token={token}")
+    page.locator(".jp-Notebook").first.wait_for()
+    page.locator("#jp-main-statusbar").get_by_text("| Idle").wait_for()  # what is run before there is a kernel is dropped
+    page.locator("#jp-MainMenu .lm-MenuBar-item", has_text="Run").click()
+    page.locator(".lm-Menu-item[data-command='runmenu:run-all']").click()
+
+
 @pytest.mark.slow
 @needs_browser
-def test_the_same_notebook_works_in_jupyterlab(home, browser, tmp_path):
-    "The dashboard of a recording, run in JupyterLab as a reader would run it."
-    shutil.copy(dashboards() / "recording.ipynb", tmp_path / "recording.ipynb")
+def test_the_same_notebooks_work_in_jupyterlab(home, browser, tmp_path):
+    "The four dashboards, run in one JupyterLab as a reader would run them."
+    for name in PAGES: shutil.copy(dashboards() / f"{name}.ipynb", tmp_path)
     port, token = take_port("127.0.0.1", 0), "lab-" + "t" * 20
+    base = f"http://127.0.0.1:{port}"
     env = os.environ | {"PYTHONPATH": str(ROOT), "HMS_ROOT": str(home), "JUPYTER_CONFIG_DIR": str(tmp_path / "config"), "JUPYTER_DATA_DIR": str(tmp_path / "data"), "JUPYTER_RUNTIME_DIR": str(tmp_path / "runtime")}
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--ServerApp.root_dir={tmp_path}", f"--ServerApp.port={port}", f"--IdentityProvider.token={token}", "--LabApp.news_url=", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"]
     process = subprocess.Popen(command, env=env, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     context, foreign = browser.new_context(viewport={"width": 1400, "height": 2400}), []
     try:
         for _ in range(600):
-            try: httpx.get(f"http://127.0.0.1:{port}/api", timeout=20); break
+            try: httpx.get(f"{base}/api", timeout=20); break
             except httpx.TransportError: time.sleep(.3)
         page = context.new_page()
         page.set_default_timeout(WAIT_MS)
         page.on("request", lambda r: foreign.append(r.url) if not r.url.startswith(("http://127.0.0.1", "blob:", "data:")) else None)
-        page.goto(f"http://127.0.0.1:{port}/lab/tree/recording.ipynb?token={token}")
-        page.locator(".jp-Notebook").first.wait_for()
-        page.locator("#jp-main-statusbar").get_by_text("| Idle").wait_for()  # what is run before there is a kernel is dropped
-        page.locator("#jp-MainMenu .lm-MenuBar-item", has_text="Run").click()
-        page.locator(".lm-Menu-item[data-command='runmenu:run-all']").click()
-        knobs(page)
-        assert page.locator(".jp-RenderedText[data-mime-type='application/vnd.jupyter.error']").count() == 0 and foreign == []
+        for name, figures, said in (("recording", 4, "at a threshold of 0.50"), ("training", 2, "simulated EEG"), ("performance", 1, "trained on simulated EEG"), ("system", 2, "Since it began")):
+            run_in_lab(page, base, token, name)
+            page.get_by_text(said).first.wait_for()
+            page.wait_for_function(f"{SEEN}.length >= {figures}")
+            if name == "recording": knobs(page)
+            page.wait_for_timeout(1000)
+            SHOTS.mkdir(parents=True, exist_ok=True)
+            page.screenshot(path=SHOTS / f"lab_{name}.png")
+            assert page.locator(".jp-RenderedText[data-mime-type='application/vnd.jupyter.error'], [data-mime-type='application/vnd.jupyter.stderr'], .hms-note.bad").count() == 0 and foreign == [], name
     finally:
-        SHOTS.mkdir(parents=True, exist_ok=True)
-        context.pages[0].screenshot(path=SHOTS / "explorer_lab.png")
+        context.pages[0].screenshot(path=SHOTS / "lab_last.png")
         context.close()
         process.terminate()
         process.wait(60)

@@ -438,8 +438,22 @@ AS_USER = {"user": USER, "group": USER, "extra_groups": []} if os.getuid() == 0 
 
 def usable(python):
     "Whether a user without rights may run it and make environments with it."
-    try: return subprocess.run([python, "-c", "import ensurepip, sys; sys.exit(sys.version_info < (3, 11))"], **AS_USER).returncode == 0
+    try: return subprocess.run([python, "-c", "import ensurepip"], capture_output=True, **AS_USER).returncode == 0
     except OSError: return False
+
+
+def image_python(folder):
+    "bin/python, as in the image: the one that runs here, or a copy of it where it lies in somebody's home; the variables that it needs."
+    here, prefix, version = Path(os.path.realpath(sys.executable)), Path(sys.base_prefix), f"python{sys.version_info.major}.{sys.version_info.minor}"
+    (folder / "bin").mkdir()
+    if usable(here):
+        (folder / "bin/python").symlink_to(here)
+        return {}
+    def left_out(place, names): return [n for n in names if n in ("test", "idlelib", "__pycache__") or (Path(place).name == "site-packages" and not n.startswith("pip"))]
+    shutil.copytree(prefix / "lib" / version, folder / "lib" / version, ignore=left_out)
+    shutil.copy(here, folder / "bin/python")
+    for library in (prefix / "lib").glob("libpython*.so*"): shutil.copy(library, folder / "lib")
+    return {"LD_LIBRARY_PATH": str(folder / "lib")}
 
 
 def own(folder):
@@ -448,12 +462,9 @@ def own(folder):
 
 def take_steps(target, folder):
     "What the Dockerfile says of a target, word for word, below a folder instead of /: the folder it ends in, and its variables."
-    python = next((p for p in (os.path.realpath(sys.executable), "/usr/bin/python3") if usable(p)), None)
-    if python is None: pytest.skip("no Python 3.11 or newer that a user without rights may run")
     inside = lambda path: folder / path.lstrip("/")
-    env = {k: v for k, v in os.environ.items() if k.startswith(("PIP_", "SSL_", "REQUESTS_"))} | {"PATH": f"{folder}/bin:/usr/local/bin:/usr/bin:/bin", "HOME": str(folder / "tmp")}
-    for name in ("bin", "tmp", "opt"): (folder / name).mkdir()
-    (folder / "bin/python").symlink_to(python)
+    env = {k: v for k, v in os.environ.items() if k.startswith(("PIP_", "SSL_", "REQUESTS_"))} | {"PATH": f"{folder}/bin:/usr/local/bin:/usr/bin:/bin", "HOME": str(folder / "tmp")} | image_python(folder)
+    for name in ("tmp", "opt"): (folder / name).mkdir()
     where = folder
     for word, rest in chain(target):
         if word == "WORKDIR": (where := inside(rest)).mkdir(parents=True, exist_ok=True)
