@@ -47,6 +47,6 @@ def test_clean_recordings_are_silent_and_twice_the_amplitude_is_not():
     after, drifted, closest = alarms(rows[:1000], every=5)
     assert after is None, (after, drifted)
     again, louder, _ = alarms(rows[1000:])
-    mixed, also, _ = alarms(rows[900:])  # the clean ones before make room one by one
+    mixed, _, _ = alarms(rows[900:])  # the clean ones before make room one by one
     print(f"clean: at most {closest:.2f} of the limit; doubled: {louder} after {again} windows, {mixed - 100 if mixed else None} after a hundred clean ones")
     assert again and again <= 100 and "amplitude" in louder and mixed and mixed - 100 <= 100
