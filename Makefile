@@ -76,7 +76,6 @@ VARIANTS := {"base": {"balance": 1, "crop": 0.5, "gain": 0.5}, "one gain": {"gai
   "spectrograms": {"model": "specnet", "settings": {}}}
 ablations: $(VENV)/.ready  ## what each part of the packaged bundle's recipe is worth, on five draws of the simulator (an hour and a half)
 	$(HMS) ablate -p variants='$(VARIANTS)' -p out=outputs/runs/ablations
-	cp outputs/runs/ablations/ablation.csv nbs/tutorials/ablations.csv
 
 TWIN ?= data/simulated/twin-full
 twin-full: $(VENV)/.ready  ## the whole way at full size, measured: signals simulated for every row of TABLE=train.csv (hours, about 45 GB)

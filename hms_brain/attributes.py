@@ -7,8 +7,8 @@ Docs: https://hms-brain.github.io/hms_brain/attributes.html.md"""
 # %% auto #0
 __all__ = ['GRID', 'PARTS', 'NEAR', 'WEIGHTS', 'RATES', 'ACNS', 'RULES', 'WindowAttributes', 'read_pairs', 'autocorrelation',
            'rate_evidence', 'fit_rate', 'rate_probabilities', 'likely_rate', 'leading_cycle', 'shared_cycle',
-           'find_rhythm', 'typical_rate', 'spectral_slope', 'change_over_time', 'suppressed_share',
-           'measure_attributes', 'Rule', 'Term', 'say', 'acns_term']
+           'find_rhythm', 'spectral_slope', 'change_over_time', 'suppressed_share', 'measure_attributes', 'Rule',
+           'Term', 'say', 'acns_term']
 
 # %% ../nbs/13_attributes.ipynb #c1c9c49c
 from dataclasses import asdict, dataclass
@@ -169,15 +169,6 @@ def find_rhythm(
     envelope = uniform_filter1d(uniform_filter1d(np.abs(x), int(.12 * fs), axis=1), int(.12 * fs), axis=1)
     pulse = shared_cycle(envelope, fs, (rates[0], min(rates[1], 4.0)))
     return pulse if pulse[1] > wave[1] + .12 else wave
-
-# %% ../nbs/13_attributes.ipynb #e3a70965
-def typical_rate(
-    eeg: np.ndarray,  # (19, n_times) uV, rows in the order of CHANNELS, NaN where samples are missing
-    fs: float = FS,  # sampling rate, Hz
-) -> tuple[float, float]:  # cycles/s; its certainty, 0..1; zeros in silence
-    "`rate` and `certainty` of `measure_attributes`, without the rest. Raises `InputError` as that does."
-    _, x, step = read_pairs(eeg, fs)
-    return likely_rate(x[:, ::step], fs / step)
 
 # %% ../nbs/13_attributes.ipynb #a724dfa2
 def spectral_slope(

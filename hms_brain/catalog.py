@@ -7,9 +7,9 @@ Docs: https://hms-brain.github.io/hms_brain/catalog.html.md"""
 # %% auto #0
 __all__ = ['OFFSETS', 'TRAIN_COLUMNS', 'TEST_COLUMNS', 'STRATA', 'ZIP_FAULTS', 'DOWNLOAD_GB', 'TOKEN_MEND', 'PATIENCE_S',
            'train_schema', 'check_columns', 'first_breach', 'read_table', 'find_table', 'read_train', 'read_test',
-           'submission_table', 'soft_votes', 'vote_stratum', 'class_prior', 'run_ids', 'label_runs', 'spread_runs',
-           'strata_table', 'patient_folds', 'kaggle_token_source', 'Discreet', 'pause_asked', 'in_words', 'ask_kaggle',
-           'check_space', 'unpack', 'is_downloaded', 'download_competition']
+           'submission_table', 'soft_votes', 'vote_stratum', 'run_ids', 'label_runs', 'spread_runs', 'strata_table',
+           'patient_folds', 'kaggle_token_source', 'Discreet', 'pause_asked', 'in_words', 'ask_kaggle', 'check_space',
+           'unpack', 'is_downloaded', 'download_competition']
 
 # %% ../nbs/03_catalog.ipynb #223d5dcb
 import io
@@ -175,12 +175,6 @@ def vote_stratum(
     "The stratum of a segment by its number of votes."
     names = np.array(STRATA, dtype=object)[np.searchsorted([3, 10], n_votes, side="right")]
     return names if np.ndim(n_votes) else str(names)
-
-def class_prior(
-    df,  # DataFrame with the six vote columns, or (n, 6) counts; training rows only
-) -> np.ndarray:  # (6,) sums to 1
-    "The mean distribution of votes: what to predict when nothing else is known."
-    return soft_votes(df).mean(axis=0)
 
 # %% ../nbs/03_catalog.ipynb #350e0635
 def run_ids(

@@ -6,8 +6,8 @@ Docs: https://hms-brain.github.io/hms_brain/dataset.html.md"""
 
 # %% auto #0
 __all__ = ['IMAGE_VALUES', 'CACHE_FORMAT', 'SHARD', 'WINDOW_BYTES', 'INDEX_COLUMNS', 'read_window', 'cut_context', 'encode_image',
-           'decode_image', 'seal', 'read_sealed', 'Shard', 'finished_shard', 'save_array', 'make_shard', 'plan_rows',
-           'check_target', 'finish', 'prepare', 'check_files', 'WindowCache', 'default_data', 'default_cache']
+           'seal', 'read_sealed', 'Shard', 'finished_shard', 'save_array', 'make_shard', 'plan_rows', 'check_target',
+           'finish', 'prepare', 'check_files', 'WindowCache', 'default_data', 'default_cache']
 
 # %% ../nbs/20_dataset.ipynb #2475ca44
 import hashlib
@@ -59,12 +59,6 @@ def encode_image(
     return np.where(image < 0, 0, np.rint(image * 254) + 1).astype(np.uint8)
 
 IMAGE_VALUES = np.r_[-1.0, np.arange(255) / 254].astype(np.float32)  # what each byte means
-
-def decode_image(
-    code: np.ndarray,  # uint8
-) -> np.ndarray:  # float32, 0..1, -1 without data
-    "The image that `encode_image` stored."
-    return IMAGE_VALUES[code]
 
 # %% ../nbs/20_dataset.ipynb #9e4f2598
 def seal(

@@ -6,8 +6,8 @@ Docs: https://hms-brain.github.io/hms_brain/preprocess.html.md"""
 
 # %% auto #0
 __all__ = ['N_WINDOW', 'MARGIN_S', 'MIN_S', 'DEAD_UV', 'VERSION', 'ModelInput', 'long_gaps', 'placed', 'window_start',
-           'window_centres', 'given_context', 'carried', 'noticed', 'Settings', 'Bands', 'Stretch', 'fine_panels',
-           'shared_image', 'window_image', 'Preprocess']
+           'given_context', 'carried', 'noticed', 'Settings', 'Bands', 'Stretch', 'fine_panels', 'shared_image',
+           'window_image', 'Preprocess']
 
 # %% ../nbs/15_preprocess.ipynb #a0123dd7
 from collections.abc import Callable, Iterable, Sequence
@@ -80,15 +80,6 @@ def window_start(
     if not half <= centre <= n_times - half:
         raise InputError(f"a window around {at:g} s leaves the recording of {duration:g} s", mend=f"choose a centre between {half / FS:g} and {duration - half / FS:g} s")
     return centre - N_WINDOW // 2
-
-# %% ../nbs/15_preprocess.ipynb #bd9f335f
-def window_centres(
-    duration: float,  # length of the recording, s
-    step: float = 2.0,  # s
-) -> np.ndarray:  # centres, s
-    "Centres of all windows of a recording, a step apart; the middle alone when it is shorter than a window."
-    if duration < WINDOW_S: return np.array([duration / 2])
-    return WINDOW_S / 2 + step * np.arange(int((duration - WINDOW_S) / step + 1e-9) + 1)
 
 # %% ../nbs/15_preprocess.ipynb #1a10e396
 def given_context(

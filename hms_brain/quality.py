@@ -7,9 +7,9 @@ Docs: https://hms-brain.github.io/hms_brain/quality.html.md"""
 # %% auto #0
 __all__ = ['MAX_DEAD', 'FLAT_UV', 'GAP_S', 'MAX_MISSING', 'CLIPPED', 'MAINS_RATIO', 'PLAUSIBLE_UV', 'NOISY_RATIO', 'MUSCLE_RATIO',
            'UNCORRELATED', 'NOISE', 'IDENTICAL_UV', 'ARTEFACT_UV', 'BANDS', 'SLOW', 'CLEAR', 'Flag', 'Quality',
-           'ChannelStats', 'share_clipped', 'band_seconds', 'band_ratios', 'measure', 'names_of', 'bad_channels',
-           'find_gaps', 'gate', 'check_window', 'running', 'moments', 'most_clipped', 'Screen', 'artefact_mask',
-           'ica_clean', 'wavelet_denoise']
+           'ChannelStats', 'share_clipped', 'band_seconds', 'ratios', 'band_ratios', 'measure', 'names_of',
+           'bad_channels', 'find_gaps', 'gate', 'check_window', 'running', 'moments', 'most_clipped', 'Screen',
+           'artefact_mask', 'ica_clean', 'wavelet_denoise']
 
 # %% ../nbs/11_quality.ipynb #4fed3441
 from dataclasses import dataclass
@@ -102,18 +102,23 @@ def band_seconds(
         out.append(np.einsum("csf,bf->sbc", spectrum.real ** 2 + spectrum.imag ** 2, masks, optimize=True))
     return np.concatenate(out)
 
+def ratios(
+    power: np.ndarray,  # (5, ...) in `BANDS`, summed over the frequencies of each
+) -> tuple[np.ndarray, np.ndarray]:  # (...) muscle: density of the fast band over that of the slow; (2, ...) mains at 50 and 60 Hz over the wide band
+    "What is judged of the power in the bands."
+    (slow, fast, wide, *mains), (slow_hz, fast_hz), tiny = power, (b - a for a, b in BANDS[:2]), 1e-12
+    return (fast / fast_hz) / (slow / slow_hz + tiny), np.stack(mains) / (wide + tiny)
+
 def band_ratios(
     x: np.ndarray,  # (n_chans, n_times) without NaN
     fs: float,  # sampling rate, Hz
 ) -> tuple[np.ndarray, np.ndarray]:  # (n_chans,) muscle; (2, n_chans) mains at 50 and 60 Hz
     "Ratios of power in Welch spectra of 2 s."
     from scipy.signal import welch
-    tiny, n = 1e-12, x.shape[-1]
-    if fs == int(fs) and n >= 2 * fs and n % fs == 0: slow, fast, wide, *mains = band_seconds(x, int(fs), int(n // fs)).mean(0)
-    else:
-        freqs, density = welch(x, fs, nperseg=min(int(2 * fs), n))
-        slow, fast, wide, *mains = (density[:, (freqs >= a) & (freqs <= b)].sum(-1) for a, b in BANDS)
-    return (fast / 15) / (slow / 9 + tiny), np.stack(mains) / (wide + tiny)
+    n = x.shape[-1]
+    if fs == int(fs) and n >= 2 * fs and n % fs == 0: return ratios(band_seconds(x, int(fs), int(n // fs)).mean(0))
+    freqs, density = welch(x, fs, nperseg=min(int(2 * fs), n))
+    return ratios(np.stack([density[:, (freqs >= a) & (freqs <= b)].sum(-1) for a, b in BANDS]))
 
 def measure(
     eeg: np.ndarray,  # (19, n_times) raw microvolts, NaN where samples are missing
@@ -261,6 +266,7 @@ def most_clipped(
         return np.where(seconds <= seconds.min(-1, keepdims=True) + near[..., None], counts, 0).sum(-1)
     return (reach(low, cut <= (low + near)[..., None]) + reach(-high, cut >= (high - near)[..., None])).T / (length * cut.shape[-1])
 
+# %% ../nbs/11_quality.ipynb #9e84b623
 class Screen:
     "Says which windows of a long signal are surely sound, without a closer look."
     def __init__(self,
@@ -275,14 +281,21 @@ class Screen:
         cut = filled.reshape(len(eeg), n, fs)
         still = np.append((filled[:, 1:] == filled[:, :-1]).all(0), False).reshape(n, fs).sum(-1)
         sd, r, bipolar = moments(bandpass(filled, *SLOW, fs) if slow is None else slow, fs, n, length)
-        slow, fast, wide, *mains = (running(band_seconds(filled, fs, n), length - 1) / (length - 1)).transpose(1, 0, 2)
-        typical, tiny = np.median(sd, -1), 1e-12
+        muscle, mains = ratios((running(band_seconds(filled, fs, n), length - 1) / (length - 1)).transpose(1, 0, 2))
+        typical, (low, high) = np.median(sd, -1), PLAUSIBLE_UV
         self.whole: np.ndarray = np.all(most_clipped(cut, length) <= CLIPPED[0], -1)
-        self.sound = ((running(np.asarray(missing.reshape(len(eeg), n, fs).any((0, 2))), length) == 0) & (running(still, length) <= GAP_S * fs)
-                      & (running((np.ptp(cut, -1) < FLAT_UV).T, length) <= 0.5 * length).all(-1) & (sd < NOISY_RATIO / CLEAR * np.maximum(typical, PLAUSIBLE_UV[0])[:, None]).all(-1)
-                      & (r > UNCORRELATED * CLEAR).all(-1) & (np.median(r, -1) > NOISE * CLEAR) & (bipolar > IDENTICAL_UV * CLEAR)
-                      & (fast / 15 / (slow / 9 + tiny) < MUSCLE_RATIO / CLEAR).all(-1) & (np.maximum(*mains) / (wide + tiny) < MAINS_RATIO / CLEAR).all(-1)
-                      & (PLAUSIBLE_UV[0] * CLEAR < typical) & (typical < PLAUSIBLE_UV[1] / CLEAR))
+        self.free = {  # of each kind of flag but clipping, by window
+            "gap": running(np.asarray(missing.reshape(len(eeg), n, fs).any((0, 2))), length) == 0,
+            "dropout": running(still, length) <= GAP_S * fs,
+            "flat": (running((np.ptp(cut, -1) < FLAT_UV).T, length) <= 0.5 * length).all(-1),
+            "noisy": (sd < NOISY_RATIO / CLEAR * np.maximum(typical, low)[:, None]).all(-1),
+            "uncorrelated": (r > UNCORRELATED * CLEAR).all(-1),
+            "noise": np.median(r, -1) > NOISE * CLEAR,
+            "identical": bipolar > IDENTICAL_UV * CLEAR,
+            "muscle": (muscle < MUSCLE_RATIO / CLEAR).all(-1),
+            "mains": (mains < MAINS_RATIO / CLEAR).all((0, -1)),
+            "unit": (low * CLEAR < typical) & (typical < high / CLEAR)}
+        self.sound = np.logical_and.reduce(list(self.free.values()))
 
     def __call__(self,
         first: int,  # sample of the signal where a window begins

@@ -7,8 +7,8 @@ Docs: https://hms-brain.github.io/hms_brain/uncertainty.html.md"""
 # %% auto #0
 __all__ = ['FAMILIAR', 'MANY', 'FEW', 'entropy', 'decompose', 'mc_dropout', 'vote_likelihood', 'fit_precision',
            'count_probabilities', 'vote_interval', 'mass_above', 'conformal_limit', 'leading_class', 'fit_conformal',
-           'conformal_set', 'FeatureSpace', 'fit_features', 'space_of_run', 'risk_coverage', 'Uncertainty', 'doubts',
-           'fit_uncertainty', 'fit_held_out', 'pack_uncertainty', 'unpack_uncertainty']
+           'conformal_set', 'FeatureSpace', 'fit_features', 'space_of_run', 'Uncertainty', 'doubts', 'fit_uncertainty',
+           'fit_held_out', 'pack_uncertainty', 'unpack_uncertainty']
 
 # %% ../nbs/61_uncertainty.ipynb #be1cb40c
 from dataclasses import dataclass, field
@@ -208,16 +208,6 @@ def space_of_run(
     train, held = some(split.train), some(split.valid)
     if min(len(train), len(held)) < 20: raise InputError(f"{len(train)} training and {len(held)} held-out windows", "cache", "at least 20 of each are needed")
     return fit_features(features(train), leading_class(votes_of(cache, train)), features(held))
-
-# %% ../nbs/61_uncertainty.ipynb #b1135882
-def risk_coverage(
-    doubt: np.ndarray,  # (n,) larger is more doubtful
-    loss: np.ndarray,  # (n,) of each window
-) -> tuple[np.ndarray, np.ndarray]:  # share answered, mean loss of those; (n,) each, ascending coverage
-    "Mean loss when only the least doubtful windows are answered."
-    order = np.argsort(doubt, kind="stable")
-    n = np.arange(1, len(order) + 1)
-    return n / len(order), np.cumsum(np.asarray(loss, float)[order]) / n
 
 # %% ../nbs/61_uncertainty.ipynb #6219cc0d
 FAMILIAR = 0.01  # typical share below which a window counts as strange

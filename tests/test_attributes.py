@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import kurtosis
 
-from hms_brain.attributes import GRID, RULES, WindowAttributes, acns_term, autocorrelation, fit_rate, leading_cycle, measure_attributes, rate_evidence, rate_probabilities, typical_rate
+from hms_brain.attributes import GRID, RULES, WindowAttributes, acns_term, autocorrelation, fit_rate, leading_cycle, measure_attributes, rate_evidence, rate_probabilities
 from hms_brain.core import CHANNELS, CLASSES, FS, InputError
 from hms_brain.signal import apply_montage, bandpass
 from hms_brain.simulate import simulate, simulate_recording
@@ -157,26 +157,27 @@ def test_the_typical_rate_is_no_fraction_of_itself(rate):
     "Every third cycle is louder: the rate is still that of all of them."
     phase = 2 * np.pi * rate * T
     wave = 30 * np.sin(phase) * (1 + .6 * (np.floor(rate * T) % 3 == 0))
-    found, score = typical_rate(page(wave))
-    assert abs(found / rate - 1) < .04 and 0 < score <= 2
+    a = measure_attributes(page(wave))
+    assert abs(a.rate / rate - 1) < .04 and 0 < a.certainty <= 1
 
 
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 10**6), st.sampled_from([50., 100., 128., 200., 256., 500.]), st.floats(3, 15))
 def test_there_is_one_rate(seed, fs, seconds):
-    "Both functions give it, whatever the gain, the polarity, and the electrodes that are dead or missing."
+    "Whatever the gain, the polarity, and the electrodes that are dead or missing."
     rng = np.random.default_rng(seed)
     x = rng.normal(size=(19, 1)) * 30 * np.sin(2 * np.pi * 2.1 * np.arange(int(fs * seconds)) / fs) + rng.normal(0, 3, (19, int(fs * seconds)))
     x[rng.choice(19, 3, replace=False)] = rng.choice([0, np.nan])
-    a, (rate, certainty) = measure_attributes(x, fs), typical_rate(x, fs)
-    assert (a.rate, a.certainty) == (rate, certainty) and abs(rate - 2.1) < .1 and 0 < certainty <= 1
-    np.testing.assert_allclose(typical_rate(-7 * x, fs), (rate, certainty), rtol=1e-3)
+    a, b = measure_attributes(x, fs), measure_attributes(-7 * x, fs)
+    assert abs(a.rate - 2.1) < .1 and 0 < a.certainty <= 1
+    np.testing.assert_allclose((b.rate, b.certainty), (a.rate, a.certainty), rtol=1e-3)
 
 
 def test_silence_has_no_rate():
-    assert typical_rate(np.zeros((19, 2000))) == (0.0, 0.0) == (measure_attributes(np.zeros((19, 2000))).rate, measure_attributes(np.full((19, 2000), np.nan)).certainty)
+    flat, gone = measure_attributes(np.zeros((19, 2000))), measure_attributes(np.full((19, 2000), np.nan))
+    assert (flat.rate, flat.certainty) == (0.0, 0.0) == (gone.rate, gone.certainty)
     for bad in (np.zeros((18, 2000)), np.zeros((19, 100)), np.zeros(19)):
-        with pytest.raises(InputError): typical_rate(bad)
+        with pytest.raises(InputError): measure_attributes(bad)
 
 
 def test_evidence_is_how_alike_the_wave_is():

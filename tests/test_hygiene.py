@@ -212,6 +212,14 @@ def test_floors():
         assert "python-jose" not in pins(lock)
 
 
+def test_ranges_begin_at_the_floors():
+    "Whoever installs without a lock file gets nothing below a floor; pyarrow begins at 25 because the extra track would have no solution otherwise."
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    asked = [Requirement(t) for t in [*project["dependencies"], *(t for k, v in project["optional-dependencies"].items() if k != "all" for t in v)]]
+    low = {r.name.lower(): Version(next(s.version for s in r.specifier if s.operator == ">=")) for r in asked if r.name.lower() in FLOORS}
+    assert [n for n, v in low.items() if v < Version(FLOORS[n])] == [n for _, n in FLOOR_EXCEPTIONS] and set(low) == set(FLOORS)
+
+
 def test_ruff():
     subprocess.run([sys.executable, "-m", "ruff", "check", "--quiet", "hms_brain", "tests"], check=True, cwd=ROOT)
 

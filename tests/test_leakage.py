@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hms_brain.catalog import class_prior, label_runs, patient_folds, read_train
+from hms_brain.catalog import label_runs, patient_folds, read_train, soft_votes
 from hms_brain.core import VOTE_COLUMNS, InputError, rng_for
 from hms_brain.dataset import WindowCache
 from test_catalog import make_table
@@ -64,4 +64,4 @@ def test_poisoned_patient_leaves_the_others_unchanged(tmp_path, poison):
     held = [c.subset(c.index["patient_id"] == patient) for c in caches]
     assert fingerprint(train[0]) == fingerprint(train[1])
     assert fingerprint(held[0]) != fingerprint(held[1])  # the poison was really there
-    np.testing.assert_array_equal(class_prior(train[0].index), class_prior(train[1].index))
+    np.testing.assert_array_equal(soft_votes(train[0].index), soft_votes(train[1].index))

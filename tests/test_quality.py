@@ -190,3 +190,26 @@ def test_the_bound_on_clipping_is_one(step):
     exact = np.stack([share_clipped(x[:, 200 * s:200 * (s + 10)]) for s in range(31)])
     assert bound.shape == exact.shape and (bound >= exact - 1e-9).all()
     assert bound[:, 3].min() >= 1 and exact.max() > 0.05 and np.median(bound - exact) < 0.1
+
+
+def test_the_screen_knows_every_kind_of_flag():
+    "A window that it lets pass without a closer look can carry none: clipping is counted apart, missing samples are a gap."
+    import inspect
+    import re
+
+    from hms_brain import quality
+
+    kinds = {k for f in (quality.bad_channels, quality.find_gaps, quality.gate, quality.check_window) for k in re.findall(r'[(]"([a-z]+)", ', inspect.getsource(f))}
+    screen = quality.Screen(np.random.default_rng(0).normal(0, 30, (19, 12_000)).astype(np.float32))
+    assert kinds - {"clipped", "missing"} == set(screen.free) and "muscle" in kinds and len(kinds) == 12
+    assert {len(free) for free in screen.free.values()} == {11} and not screen.sound.any() and not screen.free["noise"].any()
+
+
+def test_ratios_are_those_of_densities():
+    "To the last bit: the slow band is 9 Hz wide, the fast one 15."
+    from hms_brain.quality import band_ratios, band_seconds
+
+    x = np.random.default_rng(0).normal(0, 30, (19, 2000)).astype(np.float32)
+    slow, fast, wide, *mains = band_seconds(x, 200, 10).mean(0)
+    muscle, found = band_ratios(x, 200.0)
+    assert np.array_equal(muscle, (fast / 15) / (slow / 9 + 1e-12)) and np.array_equal(found, np.stack(mains) / (wide + 1e-12))
