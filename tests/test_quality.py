@@ -190,3 +190,16 @@ def test_the_bound_on_clipping_is_one(step):
     exact = np.stack([share_clipped(x[:, 200 * s:200 * (s + 10)]) for s in range(31)])
     assert bound.shape == exact.shape and (bound >= exact - 1e-9).all()
     assert bound[:, 3].min() >= 1 and exact.max() > 0.05 and np.median(bound - exact) < 0.1
+
+
+@pytest.mark.parametrize("size", [2000, 20_000])
+def test_some_seconds_of_artefact_are_no_unit(size):
+    "Five seconds of a common artefact far from the centre leave the unit what it is; an EEG of which most seconds are suppressed too. A whole window of it, or a wrong unit, does not."
+    x, burst = head(), np.zeros(10000)
+    burst[200:1200] = size * np.sin(2 * np.pi * 1.7 * T[:1000])
+    stats = measure((x + burst).astype(np.float32))
+    assert np.median(stats.sd) > 300 > np.median(stats.second) > 1
+    assert not any("unit" in r for r in check_window(x + burst).reasons)
+    quiet = np.where((np.arange(10000) // 200) % 10 < 3, x, x * 0.005)
+    assert np.median(measure(quiet.astype(np.float32)).second) < 1 and not any("unit" in r for r in check_window(quiet).reasons)
+    for bad in (x + size * np.sin(2 * np.pi * 1.7 * T), (x + burst) * 1e3, x * 1e-3, x * 1e-6): assert any("wrong unit" in r for r in check_window(bad).reasons)
