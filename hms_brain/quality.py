@@ -63,6 +63,7 @@ class ChannelStats:
     flat: np.ndarray         # (19,) share of seconds with less than FLAT_UV peak to peak
     clipped: np.ndarray      # (19,) share of samples at a rail
     sd: np.ndarray           # (19,) SD after 0.5-20 Hz, uV
+    second: np.ndarray       # (19,) median over the seconds of the SD within each, after 0.5-20 Hz, uV
     correlation: np.ndarray  # (19,) largest |r| with another electrode after 0.5-20 Hz
     muscle: np.ndarray       # (19,) density at 30-45 Hz over that at 1-10 Hz
     mains: np.ndarray        # (2, 19) power at 50 and 60 Hz over that of 1-40 Hz
@@ -136,7 +137,7 @@ def measure(
     np.fill_diagonal(r, 0)
     muscle, mains = band_ratios(filled, fs)
     return ChannelStats(np.ptp(filled, axis=-1), missing.mean(-1), np.mean([np.ptp(c, axis=-1) < FLAT_UV for c in cut], 0), share_clipped(filled),
-                        sd, r.max(-1), muscle, mains, float(np.median(apply_montage(slow).std(-1))))
+                        sd, np.median([c.std(-1) for c in np.array_split(slow, seconds, axis=-1)], 0), r.max(-1), muscle, mains, float(np.median(apply_montage(slow).std(-1))))
 
 # %% ../nbs/11_quality.ipynb #4e626507
 def names_of(
@@ -191,11 +192,11 @@ def gate(
     "Why a window cannot be judged; empty when it can."
     live, n_dead = ~dead, int(dead.sum())
     if (stats.missing == 1).all(): return [Flag("missing", "no sample in the window")]
-    sd = float(np.median(stats.sd[live] if live.any() else stats.sd))
-    low, high = PLAUSIBLE_UV
+    sd, second = (float(np.median(s[live] if live.any() else s)) for s in (stats.sd, stats.second))
+    (low, high), usual = PLAUSIBLE_UV, min(sd, second)  # some seconds of artefact are no unit
     if stats.span.max() == 0: return [Flag("flat", "all electrodes are flat")]
     out = []
-    if not low <= sd <= high: out.append(Flag("unit", f"wrong unit? the median electrode has an SD of {sd:.3g} uV after 0.5-20 Hz, {low:g}-{high:g} uV are plausible"))
+    if sd < low or usual > high: out.append(Flag("unit", f"wrong unit? the median electrode has an SD of {sd if sd < low else usual:.3g} uV after 0.5-20 Hz, {low:g}-{high:g} uV are plausible"))
     if n_dead > MAX_DEAD: out.append(Flag("flat", f"{n_dead} of {len(dead)} electrodes are flat or missing, {MAX_DEAD} are tolerated"))
     if missing > MAX_MISSING: out.append(Flag("gap", f"{missing:.0%} of the window is missing, {MAX_MISSING:.0%} are tolerated"))
     if not live.any(): return out

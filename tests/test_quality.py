@@ -213,3 +213,16 @@ def test_ratios_are_those_of_densities():
     slow, fast, wide, *mains = band_seconds(x, 200, 10).mean(0)
     muscle, found = band_ratios(x, 200.0)
     assert np.array_equal(muscle, (fast / 15) / (slow / 9 + 1e-12)) and np.array_equal(found, np.stack(mains) / (wide + 1e-12))
+
+
+@pytest.mark.parametrize("size", [2000, 20_000])
+def test_some_seconds_of_artefact_are_no_unit(size):
+    "Five seconds of a common artefact far from the centre leave the unit what it is; an EEG of which most seconds are suppressed too. A whole window of it, or a wrong unit, does not."
+    x, burst = head(), np.zeros(10000)
+    burst[200:1200] = size * np.sin(2 * np.pi * 1.7 * T[:1000])
+    stats = measure((x + burst).astype(np.float32))
+    assert np.median(stats.sd) > 300 > np.median(stats.second) > 1
+    assert not any("unit" in r for r in check_window(x + burst).reasons)
+    quiet = np.where((np.arange(10000) // 200) % 10 < 3, x, x * 0.005)
+    assert np.median(measure(quiet.astype(np.float32)).second) < 1 and not any("unit" in r for r in check_window(quiet).reasons)
+    for bad in (x + size * np.sin(2 * np.pi * 1.7 * T), (x + burst) * 1e3, x * 1e-3, x * 1e-6): assert any("wrong unit" in r for r in check_window(bad).reasons)
