@@ -20,7 +20,7 @@ from hms_brain.scan import scan_file
 from hms_brain.scan_files import describe
 from hms_brain.service import scans
 from hms_brain.service.engine import Engine
-from hms_brain.service.jobs import Ledger, Stopped, do_one, work_through
+from hms_brain.service.jobs import Ledger, LedgerError, Stopped, do_one, work_through
 from hms_brain.service.tokens import Terms
 from hms_brain.service.web import NPY, create_app
 from hms_brain.simulate import simulate_recording
@@ -130,7 +130,8 @@ def test_a_block_that_cannot_be_kept_fails_no_job(short, tmp_path, monkeypatch):
     def full(*_): raise OSError(28, "No space left on device")
     monkeypatch.setattr(scans, "keep_block", full)
     work = lambda path: scans.scan_job(path, engine, threading.Event())
-    assert not do_one(ledger, work, wait=0) and ledger.find(id)["state"] == "waiting"
+    with pytest.raises(LedgerError, match="No space left"): do_one(ledger, work, wait=0)
+    assert ledger.run("SELECT state, tries FROM jobs") == [("waiting", 0)]
     monkeypatch.setattr(scans, "keep_block", keep)
     assert do_one(ledger, work, wait=0) and ledger.find(id)["state"] == "done"
     engine.close()

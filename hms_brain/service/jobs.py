@@ -217,13 +217,13 @@ def do_one(
     stop: threading.Event | None = None,  # set: the service stops
     wait: float = 5.0,  # s between tries to write on a disk that refuses
 ) -> bool:  # False: nothing waits, or it waits again
-    "Take a job and finish it. Raises `LedgerError` when none can be taken."
+    "Take a job and finish it. Raises `LedgerError` when none can be taken, or the disk refuses what its work keeps; then it waits again."
     stop, job = stop or threading.Event(), ledger.take()
     if job is None: return False
     try: ended = outcome(*job, work, stop)
     except (Stopped, LedgerError) as e:
-        if isinstance(e, LedgerError): logging.getLogger(__name__).error("%s", e)
         insist(partial(ledger.put_back, job[0]), stop, wait)
+        if isinstance(e, LedgerError): raise
         return False
     return insist(partial(ledger.finish, job[0], *ended), stop, wait)
 
