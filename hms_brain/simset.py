@@ -332,7 +332,7 @@ Nothing here was recorded from a person. hms_brain simulated it in the layout of
 simulated patterns for every row of train.csv. A model trained on this data alone must say so.
 """
 LICENCE = "SIMULATED data, made by hms_brain. CC0 1.0: no rights reserved. https://creativecommons.org/publicdomain/zero/1.0/\n"
-FORMAT = 8  # raise it when the same seed gives other files
+FORMAT = 8  # raise it when the same seed gives other signals, votes or names
 
 def claim_folder(
     directory: Path,
