@@ -217,10 +217,10 @@ def from_differences(
             part = signal[rows, at]
             for row, w in weights: out[row, at] = w @ part
             for columns, gone in lost_patterns(part):
-                left = np.flatnonzero(~gone)
-                group = max(linked_groups([pairs[rows[i]] for i in left]), key=len, default=set())
-                left = [i for i in left if pairs[rows[i]][0] in group]
-                for row, w in pair_weights([pairs[rows[i]] for i in left], group): out[row, at.start + columns] = w @ part[np.ix_(left, columns)]
+                there = [int(i) for i in np.flatnonzero(~gone)]
+                group = max(linked_groups([pairs[rows[i]] for i in there]), key=len, default=set())
+                left = [i for i in there if pairs[rows[i]][0] in group]
+                for row, w in pair_weights([pairs[rows[i]] for i in left], group): out[row, at.start + columns] = w @ part[left][:, columns]
     return out
 
 # %% ../nbs/01_electrodes.ipynb #e26f088f
