@@ -251,7 +251,6 @@ def build_app(
     viewer_at: str = "viewer/",  # where `viewer_app` is mounted, relative to the page
 ) -> "Blocks":
     "The Gradio page. Mount it with `mount_app`, or show it where the viewer is mounted beside it."
-    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     import gradio as gr
     desk = Desk(sessions, viewer_at)
     quiet: dict[str, Any] = {"show_progress": "minimal", "api_visibility": "private"}

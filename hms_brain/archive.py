@@ -18,7 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from .bundle import default_bundle
-from .core import NOTICE, InputError, get_settings, read_json, with_progress, write_json
+from .core import InputError, get_settings, notice_for, read_json, with_progress, write_json
 from .predict import Predictor
 from .records import keyed_hash
 from .scan_files import write_scan
@@ -111,7 +111,7 @@ ARCHIVE = "archive.json"
 def scan_archive(
     source: str | os.PathLike,  # folder or pattern
     out: str | os.PathLike,  # folder of the results
-    bundle: str | os.PathLike | None = None,  # default: the packaged one
+    bundle: str | os.PathLike | None = None,  # default: [models] bundle, else the packaged one
     step: float = 2.0,  # s between windows
     cluster: str | None = None,  # address of a dask scheduler; it must see the same files
     workers: int | None = None,  # processes of this machine; default: [system] workers
@@ -123,7 +123,7 @@ def scan_archive(
     "Scan all recordings of an archive. Raises `InputError` for an empty one, or a folder that was made with another model or step."
     out, chosen, found = Path(out).absolute(), str(Path(bundle or default_bundle()).absolute()), list_recordings(source)
     terms: dict = {"bundle": predictor_of(chosen).bundle.identity(), "step": step, "format": 1}
-    ledger: dict = read_json(out / ARCHIVE) if (out / ARCHIVE).is_file() else terms | {"recordings": {}, "notice": NOTICE}
+    ledger: dict = read_json(out / ARCHIVE) if (out / ARCHIVE).is_file() else terms | {"recordings": {}, "notice": notice_for(terms["bundle"]["simulated"])}
     for key, value in terms.items():
         if ledger.get(key) != value: raise InputError(f"holds scans with another {key}", str(out), "choose another folder")
     entries = ledger["recordings"]

@@ -20,7 +20,7 @@ import typer
 from typer.core import TyperCommand
 
 from .console import BundleOption, ChannelOption, FileArg, JsonOption, UnitOption, app, parse_channels, print_json, print_table, say
-from .core import CLASS_LABELS, NOTICE, InputError
+from .core import CLASS_LABELS, InputError, notice_for
 from .runs import RunFailed
 
 # %% ../nbs/90_cli.ipynb #ec939821
@@ -68,7 +68,9 @@ def print_archive(
     ledger = scan_archive(out=out, progress=True, **how)
     counts = ledger["counts"]
     if as_json: print_json(ledger)
-    else: print_table([{"recordings": sum(counts.values()), **counts}])
+    else:
+        print_table([{"recordings": sum(counts.values()), **counts}])
+        say(ledger["notice"])
     if counts["set_aside"]: raise RunFailed(f"{counts['set_aside']} recordings were set aside; {out / 'archive.json'} says why{'' if how['names'] else ' (--names: and which)'}")
 
 # %% ../nbs/90_cli.ipynb #d8a3a8bc
@@ -101,12 +103,13 @@ def scan(
     done = scan_file(source, out, Predictor(bundle), step, threads=threads, progress=True, **reading)
     files = write_scan(out, done, source if annotated else None)
     answer = done.summary() | ({"scores": score_events(reference, find_events(done.table, done.step), done.duration)} if reference else {})
-    if as_json: print_json(answer | {"files": [p.name for p in files], "notice": NOTICE})
+    notice = notice_for(done.about["bundle"]["simulated"])
+    if as_json: print_json(answer | {"files": [p.name for p in files], "notice": notice})
     else:
         print_table([{"what": k, "value": v} for k, v in answer.items() if k != "scores"])
         if reference: print_table([{"scores": k, **v} for k, v in answer["scores"].items() if isinstance(v, dict)])
         say(f"wrote     {out}: {', '.join(p.name for p in files)}")
-        say(NOTICE)
+        say(notice)
 
 # %% ../nbs/90_cli.ipynb #b5425ca6
 @app.command()

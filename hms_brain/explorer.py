@@ -6,10 +6,10 @@ Docs: https://hms-brain.github.io/hms_brain/explorer.html.md"""
 
 # %% auto #0
 __all__ = ['TABLES', 'FILES', 'SHORT_S', 'COARSE_S', 'EXPLAIN', 'PLACES', 'known_id', 'recordings_in', 'list_patients',
-           'list_recordings', 'events_at', 'at_event', 'around', 'answer_text', 'scan_text', 'listed',
-           'explorer_controls', 'explorer_layout', 'hidden_name', 'explain_window', 'Explorer', 'show_page',
-           'show_answer', 'show_reasons', 'show_timeline', 'show_scan', 'scan_short', 'show_nothing', 'open_source',
-           'choose_of', 'jump', 'connect', 'explorer']
+           'list_recordings', 'events_at', 'at_event', 'answer_text', 'scan_text', 'listed', 'explorer_controls',
+           'explorer_layout', 'hidden_name', 'explain_window', 'Explorer', 'show_page', 'show_answer', 'show_reasons',
+           'show_timeline', 'show_scan', 'scan_short', 'show_nothing', 'open_source', 'choose_of', 'jump', 'connect',
+           'explorer']
 
 # %% ../nbs/84_explorer.ipynb #f8d6b3cc
 import os
@@ -31,7 +31,6 @@ from .pages import Reader, open_reader
 from .panels import STYLE, draw, frame, grid, guarded, html, list_bundles, note, origin, ticker
 from .plots import plot_burden, plot_page, plot_probabilities, plot_regions, plot_scan
 from .predict import Prediction, Predictor
-from .preprocess import MARGIN_S
 from .records import Recording
 from .scan import LEDGER, Scan, scan_file
 from .signal import MONTAGES
@@ -112,14 +111,6 @@ def at_event(
 # %% ../nbs/84_explorer.ipynb #d55329a9
 SHORT_S, COARSE_S = 900.0, 10.0  # s of a recording that is scanned unasked; s between its windows
 EXPLAIN = {"by chain": "chain", "by electrode": "electrode", "by time": "time", "by band": "band", "on the trace": "map"}
-
-def around(
-    reader: Reader,
-    at: float,  # s of the recording
-) -> Recording:
-    "The ten minutes around a second, and a margin for the filters."
-    first = max(0.0, at - CONTEXT_S / 2 - MARGIN_S)
-    return reader.part(first, min(reader.duration, at + CONTEXT_S / 2 + MARGIN_S) - first)
 
 def answer_text(
     p: Prediction,
@@ -230,7 +221,7 @@ class Explorer:
     def window(self) -> tuple[Recording, float]:  # the ten minutes, the window's centre within them
         "What is around the chosen second. Raises `InputError` without a recording."
         if self.reader is None: raise InputError("there is no recording to read", mend="choose another one")
-        piece = around(self.reader, self.c["at"].value)
+        piece = self.reader.around(self.c["at"].value)
         half = min(WINDOW_S, piece.duration) / 2
         return piece, float(np.clip(self.c["at"].value - piece.start, half, piece.duration - half))
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .core import CLASS_LABELS, EKG, NOTICE, InputError, atomic_path, write_json
+from .core import CLASS_LABELS, EKG, NOTICE, InputError, atomic_path, notice_for, write_json
 from .elsewhere import Stored
 from .plots import plot_page, plot_probabilities, plot_regions
 from .predict import Prediction
@@ -55,7 +55,7 @@ footer { color: #555; margin-top: 2rem; font-size: .85rem; overflow-wrap: anywhe
 PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>hms_brain: {{ title }}</title><style>{{ style }}</style>{{ script }}</head><body>
 <h1>{{ title }}</h1>
-<p class="notice"><strong>{{ notice }}</strong>{% if simulated %} The model was trained on simulated EEG only.{% endif %}</p>
+<p class="notice"><strong>{{ notice }}</strong></p>
 {% if reasons %}<p class="abstained"><strong>There is no answer of the model:</strong> {{ reasons | join("; ") }}. The numbers are the training prior.</p>{% endif %}
 {% for d in doubts %}<p class="notice"><strong>Doubt:</strong> {{ d.detail }}.</p>{% endfor %}
 <h2>Expected expert votes</h2><div class="two"><div>{{ bars }}</div><div><table><tr><th>class</th><th>share of votes</th></tr>
@@ -82,7 +82,7 @@ def write_report(
     facts = [("length", f"{recording.file_duration:.1f} s"), ("window", f"50 s around second {prediction.at:g}"), ("rate", f"{recording.fs:g} Hz"),
              ("reference", recording.reference), ("identity", recording.id), *((f"{i.kind}", i.detail) for i in recording.issues)]
     page = Environment(autoescape=True).from_string(PAGE).render(
-        title=title, style=Markup(STYLE), notice=NOTICE, simulated=prediction.bundle["simulated"], reasons=prediction.reasons, doubts=prediction.doubts, facts=facts, flags=prediction.quality,
+        title=title, style=Markup(STYLE), notice=notice_for(prediction.bundle["simulated"]), reasons=prediction.reasons, doubts=prediction.doubts, facts=facts, flags=prediction.quality,
         votes=[(CLASS_LABELS[c], p) for c, p in prediction.probabilities.items()], bundle=prediction.bundle,
         script=Markup(f"<script>{get_plotlyjs()}</script>"), bars=draw(plot_probabilities(prediction.probabilities)),
         page=draw(plot_page(recording, at)), regions=draw(plot_regions(times + recording.start, power, prediction.at)))

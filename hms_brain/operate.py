@@ -17,7 +17,7 @@ from typing import Annotated
 
 import typer
 
-from .console import JsonOption, app, print_json, print_table, say
+from .console import BundleOption, JsonOption, app, print_json, print_table, say
 from .core import InputError
 
 # %% ../nbs/89_operate.ipynb #a41b5646
@@ -36,7 +36,7 @@ def from_serve(
 def serve(
     host: Annotated[str | None, typer.Option(help="address to listen on; default: [deployment] host")] = None,
     port: Annotated[int | None, typer.Option(min=0, max=65535, help="0: a free one; default: [deployment] service_port")] = None,
-    bundle: Annotated[Path | None, typer.Option(help="folder of a bundle; default: the packaged one")] = None,
+    bundle: BundleOption = None,
     grace: Annotated[float, typer.Option(min=0, help="seconds between a signal and the end")] = 2.0,
     with_app: Annotated[bool, typer.Option("--app", help="also the page of hms app, at /app; on this machine only")] = False,
 ):

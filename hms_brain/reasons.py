@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .bundle import Bundle, read_bundle_files
-from .core import CLASS_LABELS, CLASSES, NOTICE, WINDOW_S, InputError, atomic_path, did_you_mean
+from .core import CLASS_LABELS, CLASSES, WINDOW_S, InputError, atomic_path, did_you_mean, notice_for
 from .explain_plots import electrodes_of_pairs, pairs_of_lines, plot_attention, plot_evidence_page, plot_head, plot_hidden
 from .models.core import create_model
 from .occlusion import Occlusion, occlude
@@ -98,7 +98,7 @@ body { font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; m
 .notice { background: #fff4ce; border-left: 5px solid #b8860b; padding: .6rem 1rem; margin: 1rem 0 } .flow { display: grid; grid-template-columns: repeat(auto-fit, minmax(440px, 1fr)); gap: 1rem } .flow > div { min-width: 0; overflow-x: auto }
 footer { color: #555; margin-top: 2rem; font-size: .85rem; overflow-wrap: anywhere }</style>{{ script }}</head><body>
 <h1>Why {{ label }}: {{ "%.2f" | format(p) }} of the votes expected</h1>
-<p class="notice"><strong>{{ notice }}</strong>{% if simulated %} The model was trained on simulated EEG only.{% endif %} The pictures say what the network used, not what is true of the patient.</p>
+<p class="notice"><strong>{{ notice }}</strong> The pictures say what the network used, not what is true of the patient.</p>
 {% for d in doubts %}<p class="notice"><strong>Doubt:</strong> {{ d.detail }}.</p>{% endfor %}
 <p>{{ rules }}</p>
 {% for figure in wide %}{{ figure }}{% endfor %}<div class="flow">{% for figure in small %}<div>{{ figure }}</div>{% endfor %}</div>
@@ -116,6 +116,6 @@ def write_reasons(
     figures, p, wide = draw_reasons(reasons, recording), reasons.prediction, {"hidden", *reasons.gradients}
     draw = lambda chosen: [Markup(f.to_html(full_html=False, include_plotlyjs=False, config={"responsive": True, "displayModeBar": k in wide, "displaylogo": False})) for k, f in figures.items() if chosen(k)]
     rules = f"The written rules call the central ten seconds {p.measured['name']}: {'; '.join(p.measured['because'])}." if p.measured else ""
-    page = Environment(autoescape=True).from_string(PAGE).render(label=CLASS_LABELS[reasons.label], p=p.probabilities[reasons.label], notice=NOTICE, simulated=p.bundle["simulated"], doubts=p.doubts,
+    page = Environment(autoescape=True).from_string(PAGE).render(label=CLASS_LABELS[reasons.label], p=p.probabilities[reasons.label], notice=notice_for(p.bundle["simulated"]), doubts=p.doubts,
         rules=rules, wide=draw(wide.__contains__), small=draw(lambda k: k not in wide), at=f"{p.at:g}", bundle=p.bundle, script=Markup(f"<script>{get_plotlyjs()}</script>"))
     with atomic_path(path) as tmp: tmp.write_text(page, encoding="utf-8")

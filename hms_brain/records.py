@@ -127,7 +127,7 @@ def infer_unit(
     return (next((u for u, top in SPREADS if middle < top), "nV") if middle > 1e-7 else "uV"), middle
 
 # %% ../nbs/01_records.ipynb #1f704276
-HELD_S = 0.01  # s without a change: a rail or a drop-out
+HELD_S = 0.01  # s without a change at the highest or lowest value: a rail; five times as long elsewhere: a drop-out
 
 def keep_holds(
     x: np.ndarray,  # (n_in,) before resampling, NaN where samples are missing
@@ -138,9 +138,10 @@ def keep_holds(
     "Rails and drop-outs stay as constant as they were: where a filter rings, nobody finds them."
     ends = np.concatenate([[-1], np.flatnonzero(np.diff(x) != 0), [len(x) - 1]])
     lengths = np.diff(ends)
-    long = lengths >= max(3, math.ceil(HELD_S * fs_in))
-    if not long.any(): return
     low, high = np.nanmin(x), np.nanmax(x)
+    at_rail = np.isin(x[ends[1:]], [low, high])
+    long = lengths >= max(3, math.ceil(HELD_S * fs_in)) * np.where(at_rail, 1, 5)
+    if not long.any(): return
     rails = np.isin([low, high], x[ends[1:][long]])
     if rails.any(): np.clip(y, low if rails[0] else None, high if rails[1] else None, out=y)
     nearest = np.minimum(np.rint(np.arange(len(y)) * (fs_in / fs_out)).astype(int), len(x) - 1)

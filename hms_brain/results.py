@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .core import CLASS_LABELS, CLASSES, CONTEXT_S, NOTICE, WINDOW_S, InputError, atomic_path
+from .core import CLASS_LABELS, CLASSES, CONTEXT_S, NOTICE, WINDOW_S, InputError, atomic_path, notice_for
 from .embedding import similar_windows
 from .exports import write_prediction
 from .pages import Reader
@@ -105,7 +105,7 @@ REPORT = """{% if told.unfinished %}<div class="hms-error" role="alert"><b>{{ to
 {% if peak %}<h3>The highest peak: {{ peak.place }}</h3><table class="hms-facts">{% for k, v in peak.rows %}<tr><th>{{ k }}</th><td>{{ v }}</td></tr>{% endfor %}</table>
 <h3>Windows like it</h3>{% if peak.like %}<table class="hms-table"><tr><th>at</th><th>model</th><th>vote</th></tr>{% for row in peak.like %}<tr>{% for x in row %}<td>{{ x }}</td>{% endfor %}</tr>{% endfor %}</table>
 <p class="hms-note">Nearest in the model's last layer, at least {{ apart }} s from one another.</p>{% else %}<p class="hms-note">No other window that was judged lies {{ apart }} s or more away.</p>{% endif %}{% endif %}</div></div>
-<p class="hms-note">{{ notice }}{% if simulated %} The model was trained on simulated EEG only.{% endif %}</p>"""
+<p class="hms-note">{{ notice }}</p>"""
 
 def report_html(
     session: Session,
@@ -115,7 +115,7 @@ def report_html(
     told = describe(scan, session.events, session.high)
     facts = [*sureness(session), *(f for f in told["facts"] if f[0] in ("windows", "scan", "gaps in the file") or f[0].startswith("not judged"))]
     peak = None if at is None else {"place": clock(at), "rows": in_words(predict_at(session, at)), "like": similar(session, at)}
-    return render(REPORT, told=told, facts=facts, peak=peak, classes=[CLASS_LABELS[c] for c in CLASSES[:-1]], apart=f"{WINDOW_S:g}", notice=NOTICE, simulated=scan.about["bundle"]["simulated"])
+    return render(REPORT, told=told, facts=facts, peak=peak, classes=[CLASS_LABELS[c] for c in CLASSES[:-1]], apart=f"{WINDOW_S:g}", notice=notice_for(scan.about["bundle"]["simulated"]))
 
 
 # %% ../nbs/80_results.ipynb #f8073023

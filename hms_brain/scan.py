@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from .bundle import HALO_S, share_frames
-from .core import CLASSES, CONTEXT_S, FS, NOTICE, WINDOW_S, InputError, atomic_path, get_settings, read_json, sha256_file, write_json
+from .core import CLASSES, CONTEXT_S, FS, WINDOW_S, InputError, get_settings, load_frame, notice_for, read_json, save_frame, sha256_file, write_json
 from .formats.sandbox import Decoder, sniff
 from .predict import Predictor, as_votes
 from .models.core import SHARED_S
@@ -229,11 +229,10 @@ class Scan:
         folder: str | os.PathLike,  # written by `scan_file`
     ) -> "Scan":
         "Open a finished scan. Raises `InputError` when there is none, or it is not finished or damaged."
-        import pandas as pd
         about = read_json(Path(folder) / LEDGER)
         if about.get("format") != FORMAT or about.get("state") != "done": raise InputError("holds no finished scan", str(folder), "run the same hms scan again: it goes on where it stopped")
-        try: return cls(about, pd.read_parquet(Path(folder) / TABLE))
-        except (OSError, ValueError) as e: raise InputError(f"cannot be read ({type(e).__name__})", Path(folder) / TABLE, "remove the folder and scan again") from None
+        try: return cls(about, load_frame(Path(folder) / TABLE))
+        except InputError as e: raise InputError(e.what, Path(folder) / TABLE, "remove the folder and scan again") from None
 
     def summary(self) -> dict:  # plain types
         "How much was judged, and what was found most; of an unfinished scan also its state and the seconds it covers."
@@ -255,7 +254,7 @@ def describe_scan(
     except InputError: r = read_recording(path, start=0, duration=SMALL_S, sandbox=child, **reading)
     issues = [i.to_dict() for i in r.issues if i.kind not in ("gap", "nan")]
     return {"format": FORMAT, "state": "running", "recording": {"id": r.id, "duration": r.file_duration, "reference": r.reference, "channel_map": r.channel_map, "issues": issues},
-            "bundle": predictor.bundle.identity(), "step": step, "block": block, "reading": reading, "gaps": [], "blocks": {}, "notice": NOTICE}
+            "bundle": predictor.bundle.identity(), "step": step, "block": block, "reading": reading, "gaps": [], "blocks": {}, "notice": notice_for(predictor.bundle.simulated)}
 
 # %% ../nbs/72_scan.ipynb #a8ba6e03
 def open_ledger(
@@ -332,7 +331,7 @@ def keep_block(
 ):
     "Write a block, then the ledger that names it."
     file = out / BLOCKS / f"{k:05d}.parquet"
-    with atomic_path(file) as tmp: table.to_parquet(tmp, index=False)
+    save_frame(file, table)
     ledger["blocks"][str(k)] = sha256_file(file)
     ledger["gaps"] = sorted({*map(tuple, ledger["gaps"]), *piece.gaps})
     write_json(out / LEDGER, ledger)
@@ -344,8 +343,8 @@ def finish(
 ) -> Scan:
     "Join the blocks to one table; they are removed when it is written."
     import pandas as pd
-    table = pd.concat([pd.read_parquet(out / BLOCKS / f"{int(k):05d}.parquet") for k in sorted(ledger["blocks"], key=int)], ignore_index=True)
-    with atomic_path(out / TABLE) as tmp: table.to_parquet(tmp, index=False)
+    table = pd.concat([load_frame(out / BLOCKS / f"{int(k):05d}.parquet") for k in sorted(ledger["blocks"], key=int)], ignore_index=True)
+    save_frame(out / TABLE, table)
     write_json(out / LEDGER, ledger | {"state": "done"})
     shutil.rmtree(out / BLOCKS)
     for rest in out.glob(".*.tmp*"): rest.unlink(missing_ok=True)  # of a process that was killed while it wrote

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from .annotate import annotate_edf
-from .core import CLASS_LABELS, CLASSES, NOTICE, InputError, atomic_path, write_json
+from .core import CLASS_LABELS, CLASSES, NOTICE, InputError, atomic_path, notice_for, write_json
 from .events import HIGH, LOW, MERGE_S, SHORTEST_S, Event, burden, find_events, prevalence, status
 from .exports import STYLE, safe_cell, write_edf
 from .plots import CLASS_COLORS, plot_scan, scan_bins
@@ -51,7 +51,7 @@ def write_table(
     suffix = Path(path).suffix.lower()
     if suffix not in (".csv", ".tsv", ".parquet"): raise InputError(f"cannot write {suffix or 'a file without suffix'}", str(path), "end the name in .csv, .tsv or .parquet")
     with atomic_path(path) as tmp:
-        if suffix == ".parquet": table.to_parquet(tmp, index=False)
+        if suffix == ".parquet": table.to_parquet(tmp, index=False, write_page_checksum=True)
         else: table.map(safe_cell).to_csv(tmp, index=False, sep="," if suffix == ".csv" else "\t", na_rep="n/a")
 
 # %% ../nbs/73_scan_files.ipynb #ae657620
@@ -68,7 +68,7 @@ def write_bids_events(
     say = {"onset": "from the beginning of the recording", "duration": "of the event", "confidence": "mean probability", "peak": "highest probability", "active": "time above the threshold"}
     units = {k: {"Units": "s"} for k in ("onset", "duration", "active")}
     write_json(Path(path).with_suffix(".json"), {"Description": f"Events where a model expects a pattern. {unfinished(scan)}".strip(), **{k: {"Description": v, "Format": "number"} | units.get(k, {}) for k, v in say.items()}, "trial_type": {"Description": "expected pattern", "Levels": levels},
-               "GeneratedBy": [{"Name": "hms_brain", "Description": NOTICE, "Model": scan.about["bundle"]}]})
+               "GeneratedBy": [{"Name": "hms_brain", "Description": notice_for(scan.about["bundle"]["simulated"]), "Model": scan.about["bundle"]}]})
 
 # %% ../nbs/73_scan_files.ipynb #feb4597d
 def write_bids(
@@ -78,8 +78,8 @@ def write_bids(
 ):
     "A BIDS derivative data set of one recording, whose identity is the subject."
     name, folder = f"sub-{scan.about['recording']['id']}", Path(folder)
-    origin = [{"Name": "hms_brain", "Description": NOTICE}]
-    with atomic_path(folder / "README") as tmp: tmp.write_text(f"Events of one recording, as a model expects experts to vote. {NOTICE} Made by hms_brain; the bundle that answered is named beside the events.\n")
+    origin = [{"Name": "hms_brain", "Description": notice_for(scan.about["bundle"]["simulated"])}]
+    with atomic_path(folder / "README") as tmp: tmp.write_text(f"Events of one recording, as a model expects experts to vote. {notice_for(scan.about['bundle']['simulated'])} Made by hms_brain; the bundle that answered is named beside the events.\n")
     write_json(folder / "dataset_description.json", {"Name": "Expected patterns of an EEG", "BIDSVersion": "1.10.0", "DatasetType": "derivative", "GeneratedBy": origin})
     write_bids_events(folder / name / "eeg" / f"{name}_task-monitoring_desc-hms_events.tsv", events, scan)
 
@@ -129,7 +129,7 @@ SCAN_PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><meta 
 <title>hms_brain: {{ title }}</title><style>{{ style }}
 .events { max-height: 30rem; overflow-y: auto }</style>{{ script }}</head><body>
 <h1>{{ title }}</h1>
-<p class="notice"><strong>{{ notice }}</strong>{% if simulated %} The model was trained on simulated EEG only.{% endif %}</p>
+<p class="notice"><strong>{{ notice }}</strong></p>
 {% if told.unfinished %}<p class="abstained"><strong>{{ told.unfinished }}</strong></p>{% endif %}
 <h2>Expected expert votes, from the beginning to the end</h2>{{ overview }}
 <p>{{ told.status }}</p>
@@ -152,7 +152,7 @@ def write_scan_report(
     from plotly.offline import get_plotlyjs
     figure = plot_scan(scan.table, scan.duration, events)
     page = Environment(autoescape=True).from_string(SCAN_PAGE).render(
-        title=f"A recording of {clock(scan.duration)}", style=Markup(STYLE), script=Markup(f"<script>{get_plotlyjs()}</script>"), notice=NOTICE, simulated=scan.about["bundle"]["simulated"],
+        title=f"A recording of {clock(scan.duration)}", style=Markup(STYLE), script=Markup(f"<script>{get_plotlyjs()}</script>"), notice=notice_for(scan.about["bundle"]["simulated"]),
         overview=Markup(figure.to_html(full_html=False, include_plotlyjs=False, config={"displaylogo": False})), told=describe(scan, events, high), bundle=scan.about["bundle"], classes=[CLASS_LABELS[c] for c in CLASSES[:-1]])
     with atomic_path(path) as tmp: tmp.write_text(page, encoding="utf-8")
 
@@ -169,7 +169,7 @@ def write_scan_pdf(
     told, (edges, shares) = describe(scan, events, high), scan_bins(scan.table, scan.duration)
     page = Figure(figsize=(8.27, 11.69))
     page.text(0.08, 0.96, f"A recording of {clock(scan.duration)}", fontsize=15)
-    page.text(0.08, 0.94, NOTICE + (" The model was trained on simulated EEG only." if scan.about["bundle"]["simulated"] else ""), fontsize=9, weight="bold")
+    page.text(0.08, 0.94, notice_for(scan.about["bundle"]["simulated"]), fontsize=9, weight="bold")
     axes, below = page.add_axes((0.08, 0.68, 0.86, 0.2)), np.zeros(len(shares))
     looks: list[tuple[str, dict]] = [(CLASS_LABELS[c], dict(color=CLASS_COLORS[c])) for c in CLASSES] + [("poor signal", dict(color="#9a9a9a")), ("no data", dict(facecolor="white", hatch="////", edgecolor="#777777", linewidth=0))]
     for (label, look), y in zip(looks, shares.T):
@@ -222,11 +222,12 @@ def write_scan(
     "A scan in every format: CSV, parquet, JSON, events for BIDS and SzCORE, HTML, PDF, and an annotated copy of the recording."
     folder, events = Path(folder), find_events(scan.table, scan.step, **levels(high))
     names = {"bids": folder / "recording_desc-hms_events.tsv", "szcore": folder / "recording_szcore.tsv"} | {k: folder / k for k in ("probabilities.csv", "burden.csv", "summary.json", "report.html", "report.pdf")}
-    write_table(names["probabilities.csv"], scan.table)
-    write_table(names["burden.csv"], burden(scan.table, scan.step, **levels(high)))
+    told = {"bundle": scan.about["bundle"]["name"], "simulated_training": scan.about["bundle"]["simulated"], "notice": NOTICE}
+    write_table(names["probabilities.csv"], scan.table.assign(**told))
+    write_table(names["burden.csv"], burden(scan.table, scan.step, **levels(high)).assign(**told))
     write_bids_events(names["bids"], events, scan)
     write_szcore(names["szcore"], events, scan)
-    write_json(names["summary.json"], {"summary": scan.summary(), "status": status(scan.table, scan.step, **levels(high)), "events": [vars(e) for e in events], "bundle": scan.about["bundle"], "recording": scan.about["recording"], "notice": NOTICE})
+    write_json(names["summary.json"], {"summary": scan.summary(), "status": status(scan.table, scan.step, **levels(high)), "events": [vars(e) for e in events], "bundle": scan.about["bundle"], "recording": scan.about["recording"], "notice": notice_for(scan.about["bundle"]["simulated"])})
     write_scan_report(names["report.html"], scan, events, high)
     write_scan_pdf(names["report.pdf"], scan, events, high)
     if source:

@@ -71,7 +71,6 @@ def mlflow_store() -> str:  # a URI
 
 def open_mlflow():  # mlflow.MlflowClient, and the experiment's id
     "The client of the store, quiet and without telemetry. Raises `InputError` without the package."
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     try: from mlflow import MlflowClient
     except ImportError: raise InputError("MLflow is not installed", mend="pip install 'hms_brain[track]'") from None
     setting_path("runs").mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 import hms_brain
-from .core import CLASS_LABELS, CLASSES, FS, NOTICE, WINDOW_S, InputError
+from .core import CLASS_LABELS, CLASSES, FS, WINDOW_S, InputError, notice_for
 from .pages import Reader, pack_page, page
 from .plots import CLASS_COLORS, CLASS_COLORS_SAFE, REGION_NAMES, spectrum_palette
 from .predict import Predictor
@@ -58,7 +58,7 @@ def describe(
             "montages": [{"name": n, "pairs": [list(p) for p in MONTAGES[n]]} for n in names], "regions": [list(x) for x in REGION_NAMES.items()],
             "ekg_gain": ekg_gain(reader), "palette": spectrum_palette(), "scan": {"step": session.step, "first": first}, "threshold": session.high,
             "kinds": list(KINDS.values()), "strips": [{"name": name, "mask": kind_bits(kinds)} for name, kinds in STRIPS.items()],
-            "bundle": bundle.name, "notice": NOTICE + (" The model was trained on simulated EEG only." if bundle.simulated else "")}
+            "bundle": bundle.name, "notice": notice_for(bundle.simulated)}
 
 # %% ../nbs/81_viewer.ipynb #90de0bb1
 ASSETS = Path(hms_brain.__path__[0]) / "assets/viewer"

@@ -9,6 +9,7 @@ import shutil
 import signal
 import sqlite3
 import subprocess
+import sys
 import time
 import zipfile
 import zlib
@@ -25,7 +26,8 @@ from test_formats import edf
 
 from hms_brain.annotate import annotate_edf, deidentify_edf
 from hms_brain.app import take_in, understood
-from hms_brain.core import CHANNELS, InputError, read_json
+import hms_brain
+from hms_brain.core import CHANNELS, TELLS, InputError, read_json
 from hms_brain.exports import write_csv, write_report
 from hms_brain.formats.edf import read_header, record_onsets
 from hms_brain.pages import open_reader
@@ -373,3 +375,16 @@ def test_a_copy_that_fails_leaves_nothing(patient, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(InputError, match="No space left"): deidentify_edf(patient, tmp_path / "b.edf")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_no_library_tells_what_it_runs(tmp_path):
+    "ONNX Runtime leaves what it would send in the folders for temporary and cached files; with us it leaves nothing, without us it would."
+    script = "import sys, time; {}; import onnxruntime as ort; ort.InferenceSession(sys.argv[1], providers=['CPUExecutionProvider']); time.sleep(1)"
+    model = str(Path(hms_brain.__file__).parent / "assets/bundle/model.onnx")
+    def left(folder, first):
+        folder.mkdir()
+        env = {k: v for k, v in os.environ.items() if k not in (*TELLS, "CI")} | dict.fromkeys(("HOME", "TMPDIR", "XDG_CACHE_HOME", "XDG_DATA_HOME"), str(folder))
+        subprocess.run([sys.executable, "-c", script.format(first), model], check=True, env=env, cwd=folder)
+        return [p.name for p in folder.rglob("*") if p.is_file()]
+    assert left(tmp_path / "ours", "import hms_brain.core") == []
+    assert left(tmp_path / "bare", "pass"), "this version tells nobody: nothing was shown"

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from .. import __version__
-from ..core import CLASSES, CONTEXT_S, NOTICE, WINDOW_S, InputError, sha256_file, to_jsonable
+from ..core import CLASSES, CONTEXT_S, WINDOW_S, InputError, notice_for, sha256_file, to_jsonable
 from ..events import burden, find_events, status
 from ..formats.sandbox import Decoder
 from ..monitor import Metrics
@@ -80,7 +80,7 @@ def scan_reply(
     return to_jsonable({"recording": about, "scan": {"state": scan.about["state"], "step": step, "window_s": WINDOW_S}, "summary": scan.summary(), "status": status(table, step),
                         "burden": hours.astype(object).where(hours.notna(), None).to_dict("records"), "events": [vars(e) for e in events], "described": describe(scan, events),
                         "windows": as_columns(scan), "abstained": bool(table.abstained.all()), "warnings": warn(predictor.bundle, recording, ()), "bundle": scan.about["bundle"], "preprocess": predictor.preprocess.version,
-                        "input_sha256": input_sha256, "seconds": round(time.perf_counter() - begin, 4), "notice": NOTICE})
+                        "input_sha256": input_sha256, "seconds": round(time.perf_counter() - begin, 4), "notice": notice_for(predictor.bundle.simulated)})
 
 # %% ../../nbs/81_service.scans.ipynb #2db79599
 def files_hash(

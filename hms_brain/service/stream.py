@@ -21,7 +21,7 @@ from functools import partial
 import numpy as np
 from fastapi import HTTPException, WebSocket, WebSocketDisconnect
 
-from ..core import CHANNELS, CONTEXT_S, FS, NOTICE, WINDOW_S, InputError
+from ..core import CHANNELS, CONTEXT_S, FS, WINDOW_S, InputError, notice_for
 from ..preprocess import MARGIN_S
 from ..records import MAX_EEG_UV, from_arrays
 from .core import Window, problem, read_json, to_array
@@ -142,7 +142,7 @@ def greet(
 ) -> dict:
     "The first message of a connection."
     return {"type": "hello", "next_sample": stream.next, "fs": stream.fs, "channels": CHANNELS, "window_s": WINDOW_S, "step_s": STEP_S,
-            "bundle": engine.predictor.bundle.identity(), "notice": NOTICE}
+            "bundle": engine.predictor.bundle.identity(), "notice": notice_for(engine.predictor.bundle.simulated)}
 
 # %% ../../nbs/81_service.stream.ipynb #ef1d4295
 async def talk(
