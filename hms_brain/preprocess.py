@@ -6,12 +6,12 @@ Docs: https://hms-brain.github.io/hms_brain/preprocess.html.md"""
 
 # %% auto #0
 __all__ = ['N_WINDOW', 'MARGIN_S', 'MIN_S', 'LACK_S', 'DEAD_UV', 'VERSION', 'ModelInput', 'long_gaps', 'placed', 'window_start',
-           'held_part', 'given_context', 'carried', 'noticed', 'Settings', 'Bands', 'Stretch', 'fine_panels',
-           'shared_image', 'window_image', 'Preprocess']
+           'given_context', 'carried', 'noticed', 'Settings', 'Bands', 'Stretch', 'fine_panels', 'shared_image',
+           'window_image', 'Preprocess']
 
 # %% ../nbs/15_preprocess.ipynb #a0123dd7
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from threading import RLock
 from typing import Any
 
@@ -81,19 +81,6 @@ def window_start(
     if not half <= centre <= n_times - half:
         raise InputError(f"a window around {at:g} s leaves the recording of {duration:g} s", mend=f"choose a centre between {half / FS:g} and {duration - half / FS:g} s")
     return centre - N_WINDOW // 2
-
-# %% ../nbs/15_preprocess.ipynb #060195f5
-def held_part(
-    raw: np.ndarray,  # (19, n) microvolts, NaN where samples are missing
-    a: int,  # first sample of a window
-    b: int,  # last, excluded
-    centre: int,  # sample
-) -> tuple[int, int] | None:  # first and last sample, excluded; None when the middle is not there
-    "A window without the edges in which no electrode has a sample."
-    empty, half = np.isnan(raw[:, a:b]).all(0), min(int(MIN_S * FS), b - a) // 2
-    if any(y - x > GAP_S * FS for x, y in find_runs(empty[centre - half - a:centre + half - a])): return None
-    there = a + np.flatnonzero(~empty)
-    return (int(there[0]), int(there[-1]) + 1) if there[0] <= centre - half < centre + half <= there[-1] + 1 else None
 
 # %% ../nbs/15_preprocess.ipynb #1a10e396
 def given_context(
@@ -216,12 +203,8 @@ class Stretch(Bands):
         "What is wrong with a window. A closer look is taken unless the screen has cleared it."
         cut, slow = first - self.begin, self.judged()
         if self.screen and self.screen(cut - self.near.start - self.even): return Quality((), False, ())
-        def check(a: int, b: int) -> Quality: return check_window(self.raw[:, a:b], slow=None if slow is None else slow[:, a - self.near.start:b - self.near.start])
-        whole = max(cut, 0), min(cut + N_WINDOW, self.raw.shape[1])
-        quality = check(*whole)
-        if not quality.abstain or (part := held_part(self.raw, *whole, cut + N_WINDOW // 2)) in (None, whole): return quality
-        said, quality = Flag("short", f"{(part[1] - part[0]) / FS:g} s of {WINDOW_S:g} s have samples; the rest is zero"), check(*part)
-        return replace(quality, flags=(said, *quality.flags))
+        here = slice(max(cut, 0) - self.near.start, cut + N_WINDOW - self.near.start)
+        return check_window(self.raw[:, max(cut, 0):cut + N_WINDOW], slow=None if slow is None else slow[:, here])
 
     def judged(self) -> np.ndarray | None:  # (19, near) uV
         "The signal that quality is judged by, where the network hears the same band."

@@ -203,7 +203,7 @@ def test_app_files_and_dashboard_find_the_same_events():
     p = np.tile([.05, .05, .05, .05, .05, .75], (60, 1))
     for a, b, height in ((5, 15, .97), (15, 18, .38), (18, 28, .97), (40, 50, .66), (50, 53, .3)): p[a:b] = [height, *[(1 - height) / 5] * 5]
     table = pd.DataFrame({"at": 25 + 10. * np.arange(60), **{f"p_{c}": v for c, v in zip(CLASSES, p.T)}, **dict(zip(CLASSES, p.T)), "abstained": False, "reasons": ""})
-    scan = SimpleNamespace(table=table, step=10., duration=640., gaps=(), about={"recording": {"id": "x", "reference": "", "issues": []}, "bundle": {"simulated": True}})
+    scan = SimpleNamespace(table=table, step=10., duration=640., gaps=(), state="done", about={"recording": {"id": "x", "reference": "", "issues": []}, "bundle": {"simulated": True}})
     for threshold in (.35, .4, .5, .6, .95): assert events_at(scan, threshold) == find_events(table, 10., **levels(threshold)), threshold
     assert events_at(scan, .6) != find_events(table, 10., high=.6, low=.42) and len(events_at(scan, .35)) == 2
     told = [scan_text(scan, events_at(scan, t), t)[1] for t in (.5, .95)]

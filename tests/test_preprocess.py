@@ -251,39 +251,3 @@ def test_another_band_is_not_judged_by():
     assert [f.kind for f in same.judge(400).flags] == [f.kind for f in other.judge(400).flags] and not same.judge(400).abstain
     small = Stretch(Preprocess(low=2.0), r.eeg * np.float32(1e-6), 0, (400, 400))
     assert small.judge(400).abstain
-
-
-@pytest.mark.parametrize("before,after", [(15, 15), (20, 20), (0, 20), (20, 0), (19.5, 3)])
-def test_empty_edges_are_no_reason_to_abstain(before, after):
-    "A padded segment is judged as the file of its middle alone would be; what is wrong with the middle still counts."
-    signal, a, b = head(50), int(before * FS), int((50 - after) * FS)
-    padded = np.full_like(signal, np.nan)
-    padded[:, a:b] = signal[:, a:b]
-    x = check(PREPROCESS(recording(padded)))
-    assert not x.abstain and "short" in kinds(x) and x.valid.sum() == b - a
-    assert not check(PREPROCESS(recording(np.where((np.arange(10000) // 50) % 40 == 7, np.nan, padded)))).abstain  # short gaps in it
-    alone = signal[:, max(a, 5000 - (b - 5000)):min(b, 5000 + (5000 - a))]  # its centre is the window's
-    assert not PREPROCESS(recording(alone)).abstain
-    if before == after: np.testing.assert_allclose(x.eeg[:, a + 400:b - 400], PREPROCESS(recording(alone)).eeg[:, a + 400:b - 400], atol=60)
-    for bad in (0.0, 1e-3, 1e3): assert check(PREPROCESS(recording(padded * np.float32(bad)))).abstain
-    padded[:, 4500:5600] = np.nan  # most of the middle
-    assert check(PREPROCESS(recording(padded))).abstain
-
-
-@pytest.mark.parametrize("first,last", [(4001, 9000), (0, 5999), (3000, 5900)])
-def test_edges_that_reach_into_the_middle_abstain(first, last):
-    padded = np.full((19, 10000), np.nan, np.float32)
-    padded[:, first:last] = head(50)[:, first:last]
-    assert check(PREPROCESS(recording(padded))).abstain
-    padded = head(50)
-    padded[:, :1900] = np.nan  # 19 %: judged as it is
-    assert "short" not in kinds(PREPROCESS(recording(padded))) and "gap" in kinds(PREPROCESS(recording(padded)))
-
-
-def test_a_scan_judges_padded_windows_alike():
-    "A stretch of many windows says the same of one with empty edges."
-    signal = head(80)
-    signal[:, :int(18 * FS)] = np.nan
-    single = PREPROCESS(recording(signal), at=25)
-    many = PREPROCESS.cut(Stretch(PREPROCESS, signal, 0, (0, 6000)), 0, signal.shape[1])
-    assert kinds(single) == kinds(many) and not single.abstain and "short" in kinds(many)

@@ -536,7 +536,7 @@ class Line:
 
 async def connected(streams, *calls):
     "Connect each (id, fs) with the next beginning in the same moment; how many places are taken, and what each line heard."
-    engine = SimpleNamespace(metrics=Metrics(), predictor=SimpleNamespace(bundle=SimpleNamespace(identity=dict)))
+    engine = SimpleNamespace(metrics=Metrics(), predictor=SimpleNamespace(bundle=SimpleNamespace(identity=dict, simulated=True)))
     lines = [Line() for _ in calls]
     tasks = [asyncio.create_task(serve_stream(line, streams, engine, ("me", id), fs)) for line, (id, fs) in zip(lines, calls)]
     await asyncio.sleep(0.1)
