@@ -9,6 +9,7 @@ __all__ = ['STEP_S', 'scan_through', 'as_columns', 'scan_reply', 'files_hash', '
 
 # %% ../../nbs/81_service.scans.ipynb #5b3f7400
 import hashlib
+import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -24,7 +25,7 @@ from ..formats.sandbox import Decoder
 from ..monitor import Metrics
 from ..predict import Predictor, read_around, warn
 from ..records import Recording, read_recording
-from ..scan import BLOCK_S, SMALL_S, Scan, answer_block, describe_scan, finish, keep_block, open_ledger, plan_scan, read_pieces
+from ..scan import BLOCK_S, LEDGER, SMALL_S, Scan, answer_block, describe_scan, finish, keep_block, open_ledger, plan_scan, read_pieces
 from ..scan_files import describe
 from .engine import Engine, write_down
 from .jobs import Stopped, on_disk
@@ -43,6 +44,7 @@ def scan_through(
 ) -> Scan:
     "Classify a recording block by block. Raises `InputError`, LedgerError when a block cannot be kept, and what `tell` raises."
     from threadpoolctl import threadpool_limits
+    if not (out / LEDGER).is_file(): shutil.rmtree(out, ignore_errors=True)  # killed before its first block was noted
     with threadpool_limits(1), ThreadPoolExecutor(1) as pool:
         ledger = open_ledger(out, describe_scan(path, predictor, STEP_S, BLOCK_S, {}, child))
         if ledger["state"] == "done": return Scan.load(out)
