@@ -7,9 +7,9 @@ Docs: https://hms-brain.github.io/hms_brain/core.html.md"""
 # %% auto #0
 __all__ = ['TELLS', 'CLASSES', 'CLASS_LABELS', 'VOTE_COLUMNS', 'CHANNELS', 'EKG', 'HMS_COLUMNS', 'REGIONS', 'FS', 'WINDOW_S',
            'CONTEXT_S', 'CENTRE_S', 'NOTICE', 'LOOPBACK', 'DEFAULTS', 'notice_for', 'mirror_index', 'InputError',
-           'find_root', 'read_ini', 'did_you_mean', 'get_settings', 'setting_path', 'rng_for', 'disk_reason',
-           'atomic_path', 'atomic_folder', 'to_jsonable', 'write_json', 'read_json', 'save_frame', 'load_frame',
-           'sha256_file', 'Registry', 'keep_to_one_core', 'with_progress', 'parallel_map']
+           'DiskError', 'find_root', 'read_ini', 'did_you_mean', 'get_settings', 'setting_path', 'rng_for',
+           'disk_reason', 'atomic_path', 'atomic_folder', 'to_jsonable', 'write_json', 'read_json', 'save_frame',
+           'load_frame', 'sha256_file', 'Registry', 'keep_to_one_core', 'with_progress', 'parallel_map']
 
 # %% ../nbs/00_core.ipynb #82574faf
 import hashlib
@@ -76,6 +76,9 @@ class InputError(ValueError):
         self.what, self.where, self.mend, self.labels = what, where, mend, tuple(labels)
         line = (f"{(Path(where).name or where) if isinstance(where, os.PathLike) else where}: " if where else "") + what + (f"; {mend}" if mend else "")
         super().__init__(" ".join(line.split()))
+
+class DiskError(InputError):
+    "The disk refuses; nothing is wrong with what was given."
 
 # %% ../nbs/00_core.ipynb #e1969548
 def find_root(
@@ -183,7 +186,7 @@ def disk_reason(
 def atomic_path(
     path: str | os.PathLike,  # the file to write
 ) -> Iterator[Path]:  # a temporary path beside it, with the same suffix
-    "Write to the yielded path; it replaces `path` only if the block ends well. Raises `InputError` when the disk refuses."
+    "Write to the yielded path; it replaces `path` only if the block ends well. Raises `DiskError`."
     path = Path(path)
     tmp = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
     try:
@@ -196,7 +199,7 @@ def atomic_path(
         finally: os.close(fd)
     except Exception as e:
         if (reason := disk_reason(e)) is None: raise
-        raise InputError(f"cannot write it ({reason})", str(path), "check the free space and the folder's permissions") from e
+        raise DiskError(f"cannot write it ({reason})", str(path), "check the free space and the folder's permissions") from e
     finally:
         with suppress(OSError): tmp.unlink(missing_ok=True)
 
@@ -205,7 +208,7 @@ def atomic_path(
 def atomic_folder(
     path: str | os.PathLike,  # the folder to make
 ) -> Iterator[Path]:  # an empty folder beside it
-    "Fill the yielded folder; it replaces `path` only if the block ends well. Raises `InputError` when the disk refuses."
+    "Fill the yielded folder; it replaces `path` only if the block ends well. Raises `DiskError`."
     import shutil
     path = Path(path)
     new, old = (path.with_name(f".{path.name}.{os.getpid()}.{word}") for word in ("new", "old"))
@@ -216,7 +219,7 @@ def atomic_folder(
         os.rename(new, path)
     except Exception as e:
         if isinstance(e, InputError) or (reason := disk_reason(e)) is None: raise
-        raise InputError(f"cannot write it ({reason})", str(path), "check the free space and the folder's permissions") from e
+        raise DiskError(f"cannot write it ({reason})", str(path), "check the free space and the folder's permissions") from e
     finally:
         if old.exists() and not path.exists(): os.rename(old, path)
         for rest in (new, old): shutil.rmtree(rest, ignore_errors=True)

@@ -7,8 +7,8 @@ Docs: https://hms-brain.github.io/hms_brain/scan.html.md"""
 # %% auto #0
 __all__ = ['BLOCK_S', 'MIN_STEP', 'DENSE_S', 'LONG_S', 'SMALL_S', 'SHARED', 'HALO', 'FORMAT', 'LEDGER', 'TABLE', 'BLOCKS', 'Plan',
            'plan_scan', 'Piece', 'read_span', 'read_pieces', 'ahead', 'answer_each', 'answer_shared', 'answer',
-           'shares', 'make_stretch', 'answer_block', 'Scan', 'describe_scan', 'open_ledger', 'scan_blocks', 'scan_file',
-           'keep_block', 'finish']
+           'shares', 'make_stretch', 'answer_block', 'Stopped', 'Scan', 'describe_scan', 'open_ledger', 'scan_blocks',
+           'scan_file', 'keep_block', 'finish']
 
 # %% ../nbs/72_scan.ipynb #8b397444
 import os
@@ -207,6 +207,9 @@ def answer_block(
 FORMAT = 1
 LEDGER, TABLE, BLOCKS = "scan.json", "scan.parquet", "blocks"
 
+class Stopped(Exception):
+    "What `tell` raises when nobody wants the rest."
+
 @dataclass(frozen=True)
 class Scan:
     "A recording that was classified from its beginning to its end."
@@ -263,7 +266,7 @@ def open_ledger(
 ) -> dict:  # the ledger to go on with
     "Take up a scan that was begun, or begin one. Raises `InputError` when the folder holds another scan or anything else."
     if not (out / LEDGER).is_file():
-        if out.exists() and (not out.is_dir() or any(out.iterdir())): raise InputError("is in the way and not a scan", str(out), "choose another folder")
+        if out.exists() and not (out.is_dir() and all(p.match(".*.tmp*") for p in out.iterdir())): raise InputError("is in the way and not a scan", str(out), "choose another folder")
         return plan
     kept = read_json(out / LEDGER)
     for key in ("format", "bundle", "step", "block", "reading"):
@@ -282,8 +285,10 @@ def scan_blocks(
     threads: int,
     progress: bool,  # a bar with the time left, on standard error
     child: Decoder,  # that reads the file
+    tell: Callable[[list[dict]], object],  # called with rows as they come; may raise to stop
 ):
-    "Classify the blocks that a ledger lacks. Raises `InputError`; a KeyboardInterrupt says what is kept."
+    "Classify the blocks that a ledger lacks. Raises `InputError`, and what `tell` raises; a KeyboardInterrupt says what is kept."
+    def note(new): bar.update(len(new)); tell(new)
     from threadpoolctl import threadpool_limits
     from tqdm.auto import tqdm
     plan = plan_scan(ledger["recording"]["duration"], ledger["step"], ledger["block"])
@@ -296,7 +301,7 @@ def scan_blocks(
             pieces = belt(read_pieces(path, [plan.span(plan.blocks[k], around) for k in left], sandbox=child, **ledger["reading"]))
             for k, (piece, stretch) in zip(left, belt((piece, make_stretch(predictor, piece, plan.firsts[plan.blocks[k]])) for k, piece in zip(left, pieces))):
                 if piece.id not in ("", ledger["recording"]["id"]): raise InputError("has changed since the scan began", path, "scan it again into another folder")
-                table = answer_block(predictor, piece, plan.firsts[plan.blocks[k]], plan.n_times, pool, lambda new: bar.update(len(new)), stretch)
+                table = answer_block(predictor, piece, plan.firsts[plan.blocks[k]], plan.n_times, pool, note, stretch)
                 keep_block(out, ledger, k, table, piece)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"interrupted; {len(ledger['blocks'])} of {len(plan.blocks)} blocks are kept in {out}: the same command goes on from there") from None
@@ -309,16 +314,17 @@ def scan_file(
     block: float = BLOCK_S,  # s of windows in a block
     threads: int | None = None,  # default: [system] threads
     progress: bool = False,  # a bar with the time left, on standard error
+    tell: Callable[[list[dict]], object] = lambda new: None,  # called with rows as they come; may raise to stop, with the finished blocks kept
     **reading,  # channel_map, unit: see `read_recording`
 ) -> Scan:
-    "Classify a whole recording. Raises `InputError`; a KeyboardInterrupt says what is kept."
+    "Classify a whole recording. Raises `InputError`, and what `tell` raises; a KeyboardInterrupt says what is kept."
     path, out = Path(path), Path(out)
     with Decoder(path) as child:
         predictor = Predictor(predictor.bundle if predictor else None, threads=1)
         ledger = open_ledger(out, describe_scan(path, predictor, step, block, {k: v for k, v in reading.items() if v}, child))
         if ledger["state"] == "done": return Scan.load(out)
         write_json(out / LEDGER, ledger)
-        scan_blocks(path, out, ledger, predictor, threads or get_settings().system.threads, progress, child)
+        scan_blocks(path, out, ledger, predictor, threads or get_settings().system.threads, progress, child, tell)
     return finish(out, ledger)
 
 # %% ../nbs/72_scan.ipynb #9df38fc5

@@ -382,8 +382,8 @@ def test_up_waits_and_signs_a_token(stack, tmp_path):
     assert (tmp_path / "deploy/state/secrets/grafana_password").read_text() not in done.stdout + told
     done, _ = stack("up", up=1)
     assert done.returncode == 1 and "see make logs" in done.stderr
-    (tmp_path / "deploy/state/outputs/tmp/hms_x").mkdir()
-    (tmp_path / "deploy/state/outputs/tmp/hms_x/upload").write_text("of a service that was killed")
+    (tmp_path / "deploy/state/outputs" / "tmp" / "hms_x").mkdir()
+    (tmp_path / "deploy/state/outputs" / "tmp" / "hms_x" / "upload").write_text("of a service that was killed")
     done, told = stack("down")
     assert list((tmp_path / "deploy/state/outputs/tmp").iterdir()) == []
     assert done.returncode == 0 and told.splitlines()[-2].endswith("down --remove-orphans --timeout 40")

@@ -3,6 +3,7 @@ import sqlite3
 import threading
 import time
 from collections import Counter
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -11,16 +12,16 @@ from fastapi.testclient import TestClient
 from test_service import count, npy, refused, wait_for_job
 
 from hms_brain.audit import AuditLog, read_log
-from hms_brain.core import CLASSES, sha256_file
+from hms_brain import scan as scan_module
+from hms_brain.core import CLASSES, DiskError, InputError, atomic_path, sha256_file
 from hms_brain.events import find_events
 from hms_brain.exports import write_edf
-from hms_brain.formats.sandbox import Decoder
 from hms_brain.predict import Predictor
-from hms_brain.scan import scan_file
+from hms_brain.scan import Stopped, scan_file
 from hms_brain.scan_files import describe
 from hms_brain.service import scans
 from hms_brain.service.engine import Engine
-from hms_brain.service.jobs import Ledger, LedgerError, Stopped, do_one, work_through
+from hms_brain.service.jobs import Ledger, LedgerError, do_one, work_through
 from hms_brain.service.tokens import Terms
 from hms_brain.service.web import NPY, create_app
 from hms_brain.simulate import simulate_recording
@@ -92,20 +93,25 @@ def test_short_recordings(tmp_path, seconds, state, windows):
     else: assert job["result"] == {"error": "the recording is 9 s long; at least 10 s are needed"}
 
 
-def test_a_scan_goes_on_where_it_was_left(short, tmp_path, monkeypatch):
-    monkeypatch.setattr(scans, "BLOCK_S", 16.0)
-    (tmp_path / "job").mkdir()
-    path, predictor, seen = tmp_path / "job/recording0.edf", Predictor(threads=1), []
-    path.write_bytes(short.read_bytes())
+def test_a_scan_goes_on_where_it_was_left(short, tmp_path):
+    predictor, seen, left = Predictor(threads=1), [], []
     def tell(rows):
         if len(seen) >= 8: raise Stopped
         seen.extend(rows)
-    left = []
-    with Decoder(path) as child:
-        with pytest.raises(Stopped): scans.scan_through(path, tmp_path / "job/.scan", predictor, tell, child)
-        done = scans.scan_through(path, tmp_path / "job/.scan", predictor, left.extend, child)
+    again = partial(scan_file, short, tmp_path / "scan", predictor, block=16.0, threads=1)
+    with pytest.raises(Stopped): again(tell=tell)
+    done = again(tell=left.extend)
     assert [len(seen), len(left)] == [8, 13]
-    pd.testing.assert_frame_equal(done.table, scan_file(path, tmp_path / "whole", predictor, block=16.0).table)
+    pd.testing.assert_frame_equal(done.table, scan_file(short, tmp_path / "whole", predictor, block=16.0).table)
+
+
+def test_a_scan_begins_where_one_was_killed_at_once(short, tmp_path):
+    "Half a ledger is in nobody's way; anything else is."
+    for name in (".scan.4711.tmp.json", "notes.txt"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).write_text("{")
+    assert len(scan_file(short, tmp_path / ".scan.4711.tmp.json").table) == 21
+    with pytest.raises(InputError, match="in the way"): scan_file(short, tmp_path / "notes.txt")
 
 
 def test_the_end_of_the_service_fails_no_job(minutes, scan, tmp_path):
@@ -126,13 +132,14 @@ def test_a_block_that_cannot_be_kept_fails_no_job(short, tmp_path, monkeypatch):
     ledger, engine = Ledger(tmp_path / "jobs"), Engine(threads=1)
     path = ledger.place() / "recording0.edf"
     path.write_bytes(short.read_bytes())
-    id, keep = ledger.add(path), scans.keep_block
-    def full(*_): raise OSError(28, "No space left on device")
-    monkeypatch.setattr(scans, "keep_block", full)
+    id, save = ledger.add(path), scan_module.save_frame
+    def full(path, frame):
+        with atomic_path(path): raise OSError(28, "No space left on device")
+    monkeypatch.setattr(scan_module, "save_frame", full)
     work = lambda path: scans.scan_job(path, engine, threading.Event())
-    with pytest.raises(LedgerError, match="No space left"): do_one(ledger, work, wait=0)
+    with pytest.raises(DiskError, match="No space left"): do_one(ledger, work, wait=0)
     assert ledger.run("SELECT state, tries FROM jobs") == [("waiting", 0)]
-    monkeypatch.setattr(scans, "keep_block", keep)
+    monkeypatch.setattr(scan_module, "save_frame", save)
     assert do_one(ledger, work, wait=0) and ledger.find(id)["state"] == "done"
     engine.close()
     ledger.close()
