@@ -37,12 +37,9 @@ def list_recordings(
     source: str | os.PathLike,  # folder or pattern
 ) -> dict[str, Path]:  # name of the result's folder -> recording
     "The recordings of an archive. Raises `InputError` when there is none."
-    from hms_brain.formats.sandbox import SUFFIXES, load_plugins
-    load_plugins()
-    known = {s for names in SUFFIXES.values() for s in names.split()} - {".eeg", ".txt"} | {".21e"}
+    from hms_brain.formats.sandbox import may_be_recording
     root = Path(source) if Path(source).is_dir() else Path(os.path.dirname(glob.escape(str(source)).split("[")[0]) or ".")
-    found = [p for p in root.rglob("*") if p.suffix.lower() in known] if Path(source).is_dir() else [Path(p) for p in glob.glob(str(source), recursive=True)]
-    found = sorted(p for p in found if p.is_file() or (p / "info.xml").is_file())
+    found = sorted(filter(may_be_recording, root.rglob("*"))) if Path(source).is_dir() else sorted(p for p in map(Path, glob.glob(str(source), recursive=True)) if p.is_file() or (p / "info.xml").is_file())
     if not found: raise InputError("holds no recording", str(source), "name a folder or a pattern such as 'archive/*.edf'")
     place = lambda p: os.path.relpath(p, root)
     return {keyed_hash(os.fsencode(place(p))): p for p in found}

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 # %% ../nbs/00_core.ipynb #d39cc037
 TELLS = {"ORT_DISABLE_TELEMETRY": "1", "MLFLOW_DISABLE_TELEMETRY": "true", "GRADIO_ANALYTICS_ENABLED": "False"}
-for name, value in TELLS.items(): os.environ.setdefault(name, value)
+os.environ.update(TELLS | dict(os.environ))
 
 # %% ../nbs/00_core.ipynb #4d761cb3
 CLASSES = ("seizure", "lpd", "gpd", "lrda", "grda", "other")

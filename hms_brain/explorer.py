@@ -52,11 +52,9 @@ def known_id(path: Path, size: int, changed: int) -> str:
 def recordings_in(
     folder: Path,  # looked into, not below
 ) -> list[Path]:  # files, and folders of EGI (MFF)
-    "What may be a recording, by its name: any ending of a format that can be read, but no table of the competition and no companion of another file."
-    from hms_brain.formats.sandbox import SUFFIXES, load_plugins
-    load_plugins()
-    known = {s for names in SUFFIXES.values() for s in names.split()} - {".eeg", ".txt"} | {".21e"}
-    return [p for p in sorted(folder.glob("*")) if p.suffix.lower() in known and p.name not in TABLES and (p.is_file() or (p / "info.xml").is_file())]
+    "What may be a recording, by its name, and is no table of the competition."
+    from hms_brain.formats.sandbox import may_be_recording
+    return [p for p in sorted(folder.glob("*")) if may_be_recording(p) and p.name not in TABLES]
 
 def list_patients(
     folder: Path,  # of recordings
