@@ -8,19 +8,22 @@ Docs: https://hms-brain.github.io/hms_brain/core.html.md"""
 __all__ = ['TELLS', 'CLASSES', 'CLASS_LABELS', 'VOTE_COLUMNS', 'CHANNELS', 'EKG', 'HMS_COLUMNS', 'REGIONS', 'FS', 'WINDOW_S',
            'CONTEXT_S', 'CENTRE_S', 'NOTICE', 'LOOPBACK', 'DEFAULTS', 'notice_for', 'mirror_index', 'InputError',
            'DiskError', 'find_root', 'read_ini', 'did_you_mean', 'get_settings', 'setting_path', 'rng_for',
-           'disk_reason', 'atomic_path', 'atomic_folder', 'to_jsonable', 'write_json', 'read_json', 'save_frame',
-           'load_frame', 'sha256_file', 'Registry', 'keep_to_one_core', 'with_progress', 'parallel_map']
+           'disk_reason', 'atomic_path', 'atomic_folder', 'try_lock', 'ScratchFolder', 'to_jsonable', 'write_json',
+           'read_json', 'save_frame', 'load_frame', 'sha256_file', 'Registry', 'keep_to_one_core', 'with_progress',
+           'parallel_map']
 
 # %% ../nbs/00_core.ipynb #82574faf
 import hashlib
 import json
 import os
+import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -209,7 +212,6 @@ def atomic_folder(
     path: str | os.PathLike,  # the folder to make
 ) -> Iterator[Path]:  # an empty folder beside it
     "Fill the yielded folder; it replaces `path` only if the block ends well. Raises `DiskError`."
-    import shutil
     path = Path(path)
     new, old = (path.with_name(f".{path.name}.{os.getpid()}.{word}") for word in ("new", "old"))
     try:
@@ -223,6 +225,36 @@ def atomic_folder(
     finally:
         if old.exists() and not path.exists(): os.rename(old, path)
         for rest in (new, old): shutil.rmtree(rest, ignore_errors=True)
+
+# %% ../nbs/00_core.ipynb #2e47d48b
+def try_lock(
+    file: IO | int,  # open for writing
+) -> bool:  # False: another process holds it
+    "Take the lock of a file, which closing it or a death gives back. Always True where the system has no such locks."
+    try: import fcntl
+    except ImportError: return True  # Windows
+    try: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError: return False
+    return True
+
+class ScratchFolder(tempfile.TemporaryDirectory):
+    "A private temporary folder; when its process is killed, the next one of its kind removes it."
+    def __init__(self,
+        kind: str,  # what it is for: one word
+    ):
+        super().__init__(prefix=f"hms_{kind}_", ignore_cleanup_errors=True)
+        self.lock = open(Path(self.name) / ".new", "w")
+        if os.name != "posix": return
+        try_lock(self.lock)
+        os.rename(self.lock.name, Path(self.name) / ".lock")  # only now do others look at it
+        for lock in Path(tempfile.gettempdir()).glob(f"hms_{kind}_*/.lock"):
+            with suppress(OSError), open(lock, "r+") as f:
+                if try_lock(f): shutil.rmtree(lock.parent, ignore_errors=True)
+
+    def cleanup(self):
+        "Remove it now."
+        self.lock.close()
+        super().cleanup()
 
 # %% ../nbs/00_core.ipynb #1f06960e
 def to_jsonable(value):

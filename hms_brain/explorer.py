@@ -13,7 +13,6 @@ __all__ = ['TABLES', 'FILES', 'SHORT_S', 'COARSE_S', 'EXPLAIN', 'PLACES', 'known
 
 # %% ../nbs/84_explorer.ipynb #f8d6b3cc
 import os
-import tempfile
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from html import escape
@@ -23,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .catalog import find_table, read_table
-from .core import CENTRE_S, CLASS_LABELS, CLASSES, CONTEXT_S, FS, WINDOW_S, InputError, setting_path
+from .core import CENTRE_S, CLASS_LABELS, CLASSES, CONTEXT_S, FS, WINDOW_S, InputError, ScratchFolder, setting_path
 from .events import Event, find_events
 from .explain_plots import pairs_of_lines, plot_evidence_page, plot_hidden
 from .occlusion import occlude
@@ -205,7 +204,7 @@ class Explorer:
         self.sources, self.c = sources, controls | {n: html() for n in ("message", "head", "lists", "said")} | {n: frame() for n in PLACES}
         self.reader: Reader | None = None  # None: only a scan is there
         self.scan: Scan | None = None  # None: not scanned
-        self.folder: tempfile.TemporaryDirectory | None = None  # of a copy, where the format needs one
+        self.folder: ScratchFolder | None = None  # of a copy, where the format needs one
         self.opening, self.events, self.predictors = False, list[Any](), dict[Path, Predictor]()
         self.c["of"].layout.display = "none" if len(self.c["of"].options) < 2 else ""
         self.widget = explorer_layout(self.c)
@@ -279,7 +278,7 @@ def scan_short(e: Explorer):
     "Scan a short recording that was not scanned, with the chosen model."
     if e.reader is None or e.reader.duration > SHORT_S or (e.scan and e.sources[e.c["recording"].value]["scan"]): return
     e.c["head"].value = note("Looking at the whole recording ...")
-    with tempfile.TemporaryDirectory(prefix="hms_dash_") as folder:
+    with ScratchFolder("dash") as folder:
         try: e.scan = scan_file(e.reader.path, folder, e.predictor(), step=COARSE_S, threads=1)
         finally: e.c["head"].value = ""
     show_scan(e)
@@ -293,7 +292,7 @@ def show_nothing(e: Explorer):
 def open_source(e: Explorer, first: float | None = None):
     "Look at the chosen recording, at a second of it or at its middle."
     source, c = e.sources[e.c["recording"].value], e.c
-    e.folder = tempfile.TemporaryDirectory(prefix="hms_dash_")  # it goes with the next
+    e.folder = ScratchFolder("dash")  # it goes with the next
     try:
         e.scan = Scan.load(source["scan"]) if source["scan"] else None
         e.reader = open_reader(source["file"], e.folder.name) if source["file"] else None

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from .core import InputError, atomic_path, did_you_mean, rng_for, write_json
+from .core import InputError, atomic_path, did_you_mean, rng_for, try_lock, write_json
 from .models.core import parse_settings
 from .recipe import Recipe
 from .runs import record_run
@@ -88,12 +88,9 @@ def alone(
     folder: Path,  # of the search
 ) -> Iterator[None]:
     "Keep other searches out of the folder while the block runs; a killed process lets go. Raises `InputError`."
-    try: import fcntl
-    except ImportError: yield; return  # Windows
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "study.lock", "w") as f:
-        try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError: raise InputError("is being searched by another process", str(folder), "wait, or choose another folder") from None
+        if not try_lock(f): raise InputError("is being searched by another process", str(folder), "wait, or choose another folder")
         yield
 
 # %% ../nbs/43_search.ipynb #12ee3c3c

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .catalog import TRAIN_COLUMNS
-from .core import CENTRE_S, CLASS_LABELS, CLASSES, CONTEXT_S, VOTE_COLUMNS, WINDOW_S, InputError, get_settings
+from .core import CENTRE_S, CLASS_LABELS, CLASSES, CONTEXT_S, VOTE_COLUMNS, WINDOW_S, InputError, ScratchFolder, get_settings
 from .events import HIGH, Event, find_events
 from .occlusion import LINES, occlude
 from .pages import Reader, Tiles
@@ -240,7 +240,8 @@ MOST_SESSIONS, IDLE_S = 8, 12 * 3600.0
 class Sessions:
     "The sessions of a process, and the folder under which their files lie."
     def __init__(self):
-        self.root = Path(tempfile.mkdtemp(prefix="hms_app_"))
+        self.scratch = ScratchFolder("app")
+        self.root = Path(self.scratch.name)
         self.held: dict[str, Session] = {}
         self.lock = threading.Lock()
 
@@ -272,4 +273,4 @@ class Sessions:
     def close_all(self):
         "Forget everything."
         for token in list(self.held): self.close(token)
-        shutil.rmtree(self.root, ignore_errors=True)
+        self.scratch.cleanup()

@@ -21,6 +21,12 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def temporary(tmp_path_factory):
+    "What notebooks and killed services leave in the temporary folder goes with the folders of the tests."
+    os.environ["TMPDIR"] = str(tmp_path_factory.mktemp("t"))
+
+
 @pytest.fixture(scope="session")
 def root() -> Path:
     "The project's folder."

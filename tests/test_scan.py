@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from contextlib import suppress
@@ -169,23 +170,27 @@ def test_a_finished_scan_without_its_table_says_so(tmp_path):
 
 
 @pytest.mark.fault
-def test_killed_scan_goes_on(tmp_path, eeg, predictor):
-    "kill -9 at any moment leaves a folder that the same call completes."
+@pytest.mark.parametrize("group", [False, True], ids=["alone", "with its decoder"])
+def test_killed_scan_goes_on(tmp_path, eeg, predictor, monkeypatch, group):
+    "kill -9 at any moment leaves a folder that the same call completes, and nothing of the recording: the decoder tidies up, or whoever decodes next."
     file, out = tmp_path / "a.edf", tmp_path / "out"
     write_edf(file, eeg)
     code = f"from hms_brain.scan import scan_file; scan_file({str(file)!r}, {str(out)!r}, step=5, block=50, threads=1)"
     (temporary := tmp_path / "t").mkdir()
-    child = subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"TMPDIR": str(temporary)})
+    child = subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"TMPDIR": str(temporary)}, start_new_session=True)
     while child.poll() is None and not list(out.glob("blocks/0000[1-9]*")): time.sleep(0.05)
     assert list(temporary.glob("hms_decode_*"))
-    child.send_signal(signal.SIGKILL)
+    if group: os.killpg(child.pid, signal.SIGKILL)
+    else: child.send_signal(signal.SIGKILL)
     child.wait()
     end = time.monotonic() + 30
-    while list(temporary.glob("hms_decode_*")) and time.monotonic() < end: time.sleep(0.05)
-    assert not list(temporary.glob("hms_decode_*"))  # nothing of the recording stays behind
+    while not group and list(temporary.glob("hms_decode_*")) and time.monotonic() < end: time.sleep(0.05)
+    assert bool(list(temporary.glob("hms_decode_*"))) == group
     kept = set(read_json(out / "scan.json")["blocks"])
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
     again = scan_file(file, out, predictor, step=5, block=50, threads=1)
     assert kept and again.table["at"].tolist() == list(range(25, 396, 5)) and not list(out.glob("**/.*tmp*"))
+    assert not list(temporary.glob("hms_decode_*"))
 
 
 @pytest.mark.fault

@@ -10,11 +10,10 @@ __all__ = ['POINTERS', 'MAX_FILES_BYTES', 'pointed_names', 'check_companions', '
 
 # %% ../../nbs/06_formats.mne.ipynb #88776ef2
 import re
-import tempfile
 import warnings
 from pathlib import Path
 import numpy as np
-from ..core import InputError
+from ..core import InputError, ScratchFolder
 from ..electrodes import plan_channels
 from ..records import Issue, Raw, Request, check_decoded, span
 
@@ -106,7 +105,7 @@ def read_mne(
     others = check_companions(path, kind)
     size = sum(p.stat().st_size for p in (path, *others) if p.is_file())
     if size > MAX_FILES_BYTES: raise InputError(f"takes {size / 2**30:.0f} GiB", path, "cut it into parts of 16 GiB or less")
-    with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
+    with warnings.catch_warnings(), ScratchFolder("persyst") as folder:
         warnings.simplefilter("ignore")
         raw = open_mne(neutral_persyst(path, others[0], Path(folder)) if kind == "persyst" and others else path, kind)
         fs, n, labels = float(raw.info["sfreq"]), int(raw.n_times), list(raw.ch_names)

@@ -15,7 +15,6 @@ import json
 import os
 import shutil
 import sys
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -28,7 +27,7 @@ from subprocess import DEVNULL, PIPE, Popen
 from threading import Timer
 import numpy as np
 import hms_brain
-from ..core import InputError, get_settings
+from ..core import InputError, ScratchFolder, get_settings
 from ..electrodes import plan_channels
 from ..records import Issue, Recording, Request, assemble, keyed_hash, read_recording, typical_unit
 
@@ -240,7 +239,7 @@ class Decoder:
         self.child: Popen | None = None
 
     def __enter__(self) -> "Decoder":
-        self.folder = tempfile.TemporaryDirectory(prefix="hms_decode_")
+        self.folder = ScratchFolder("decode")
         self.start()
         return self
 

@@ -23,7 +23,7 @@ from functools import partial
 from pathlib import Path
 from traceback import format_tb
 
-from ..core import DiskError, InputError, to_jsonable
+from ..core import DiskError, InputError, to_jsonable, try_lock
 from ..runs import now
 from ..scan import Stopped
 
@@ -56,13 +56,9 @@ def own_folder(
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         lock = os.open(folder / "lock", os.O_CREAT | os.O_RDWR, 0o600)
     except OSError as e: raise InputError(f"cannot be written ({e.strerror or e})", str(folder), "check the folder's permissions") from None
-    try: import fcntl
-    except ImportError: return lock  # not a POSIX system: nothing to lock with
-    try: fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(lock)
-        raise InputError("is in use by another service", str(folder), "stop that, or set another [paths] jobs") from None
-    return lock
+    if try_lock(lock): return lock
+    os.close(lock)
+    raise InputError("is in use by another service", str(folder), "stop that, or set another [paths] jobs")
 
 # %% ../../nbs/81_service.jobs.ipynb #d7aab731
 def safe_name(
