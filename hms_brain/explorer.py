@@ -279,7 +279,7 @@ def scan_short(e: Explorer):
     if e.reader is None or e.reader.duration > SHORT_S or (e.scan and e.sources[e.c["recording"].value]["scan"]): return
     e.c["head"].value = note("Looking at the whole recording ...")
     with ScratchFolder("dash") as folder:
-        try: e.scan = scan_file(e.reader.path, folder, e.predictor(), step=COARSE_S, threads=1)
+        try: e.scan = scan_file(e.reader.path, Path(folder) / "scan", e.predictor(), step=COARSE_S, threads=1)
         finally: e.c["head"].value = ""
     show_scan(e)
 

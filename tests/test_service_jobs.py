@@ -1,4 +1,5 @@
 """Jobs: whole recordings as `hms scan` has them, taken up where they were left, and a disk that refuses for a while."""
+import hashlib
 import sqlite3
 import threading
 import time
@@ -17,6 +18,7 @@ from hms_brain.core import CLASSES, DiskError, InputError, atomic_path, sha256_f
 from hms_brain.events import find_events
 from hms_brain.exports import write_edf
 from hms_brain.predict import Predictor
+from hms_brain.records import read_recording
 from hms_brain.scan import Stopped, scan_file
 from hms_brain.scan_files import describe
 from hms_brain.service import scans
@@ -82,6 +84,19 @@ def test_a_job_is_a_scan(minutes, scan, tmp_path):
     last = list(read_log(tmp_path / "audit.jsonl"))[-1]
     assert (last["kind"], last["input_sha256"], last["bundle_sha256"], last["summary"]) == ("answer", result["input_sha256"], engine.predictor.bundle.sha256, scan.summary())
     assert engine.drift is None or len(engine.drift.recent) == 1
+
+
+def test_the_unit_of_a_job(short, tmp_path):
+    "What the caller says of the samples holds for the whole recording, and for the process that takes the job up."
+    eeg = read_recording(short).eeg
+    with service(tmp_path) as client:
+        assert "unknown unit" in refused(client.post("/jobs?unit=furlong", files={"file": ("a.npy", npy(eeg))}), 422)
+        assert not list(tmp_path.glob("*/*"))
+        ids = [client.post("/jobs", params=unit, files={"file": ("a.npy", npy(x))}).json()["id"] for unit, x in (({}, eeg), ({"unit": "nV"}, eeg * 1e3), ({"unit": "nV"}, eeg))]
+        told, said, quiet = (wait_for_job(client, id)["result"] for id in ids)
+    np.testing.assert_allclose([said["windows"][c] for c in CLASSES], [told["windows"][c] for c in CLASSES], atol=1e-3)
+    assert not any(said["windows"]["abstained"]) and all(quiet["windows"]["abstained"])  # as nanovolts it would be no EEG
+    assert said["input_sha256"] == hashlib.sha256(npy(eeg * 1e3)).hexdigest()
 
 
 @pytest.mark.parametrize("seconds, state, windows", [(9, "failed", None), (10, "done", 1), (49, "done", 1), (60, "done", 6)])

@@ -1,7 +1,11 @@
 """A visitor's session: how a scan ended is said everywhere, looks do not disturb one another, what cannot be matched can be mended."""
 import dataclasses
 import json
+import os
 import shutil
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +26,12 @@ from hms_brain.session import KINDS, PACKED, Session, Sessions, pack_rows, progr
 from hms_brain.simulate import simulate_recording
 
 NAMES = [*CHANNELS, EKG]
+VISIT = """import sys
+from hms_brain.session import Sessions
+folder = (sessions := Sessions()).folder()
+(folder / "upload.edf").write_bytes(b"a patient's")
+print(folder, flush=True)
+sys.stdin.read()"""
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +60,20 @@ def scan_of(state, n=300, seizure=(), error=""):
     about = {"format": 1, "state": state, "error": error, "step": 2.0, "gaps": [], "reading": {}, "bundle": {"name": "made-up", "sha256": "0" * 64, "simulated": True},
              "recording": {"id": "0123456789abcdef", "duration": 7200.0, "reference": "referential", "channel_map": {}, "issues": []}}
     return Scan(about, table_of(n, seizure=seizure))
+
+
+def test_what_a_killed_app_leaves_goes_with_the_next(tmp_path, monkeypatch):
+    "The uploads of an app that lives stay."
+    start = lambda: subprocess.Popen([sys.executable, "-c", VISIT], env=os.environ | {"TMPDIR": str(tmp_path)}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    with start() as lives, start() as dies:
+        kept, left = (Path(app.stdout.readline().strip()) for app in (lives, dies))
+        dies.kill(); dies.wait()
+        assert (kept / "upload.edf").is_file() and (left / "upload.edf").is_file()
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+        Sessions().close_all()
+        assert (kept / "upload.edf").is_file() and not left.parent.exists()
+        lives.communicate()
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("state, words", [("running", "still running at 0:10:24 of 2:00:00."), ("stopped", "was stopped at 0:10:24 of 2:00:00."), ("failed", "failed at 0:10:24 of 2:00:00: the disk is gone.")])

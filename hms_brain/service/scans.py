@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from .. import __version__
-from ..core import CLASSES, WINDOW_S, InputError, notice_for, sha256_file, to_jsonable
+from ..core import CLASSES, WINDOW_S, InputError, notice_for, read_json, sha256_file, to_jsonable
 from ..events import burden, find_events, status
 from ..monitor import Metrics
 from ..predict import Predictor, read_around, warn
@@ -24,6 +24,7 @@ from ..records import Recording, read_recording
 from ..scan import SMALL_S, Scan, Stopped, scan_file
 from ..scan_files import describe
 from .engine import Engine, write_down
+from .jobs import READING
 from ..session import status_of
 from ..uncertainty import entropy
 
@@ -64,16 +65,17 @@ def files_hash(
     folder: Path,  # that holds the files of one recording
 ) -> str:  # 64 hexadecimal digits
     "The sha256 of a file; of several, that of their hashes in the order of the names."
-    hashes = [sha256_file(p) for p in sorted(folder.iterdir()) if p.is_file()]
+    hashes = [sha256_file(p) for p in sorted(folder.glob("[!.]*")) if p.is_file()]
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 # %% ../../nbs/81_service.scans.ipynb #a61db1d5
 def read_middle(
     path: Path,  # a recording
+    **reading,  # unit: see `read_recording`
 ) -> Recording:
     "The ten minutes in its middle; where these cannot be read, its first minute. Raises `InputError`."
-    try: return read_around(path)[0]
-    except InputError: return read_recording(path, start=0, duration=SMALL_S)
+    try: return read_around(path, **reading)[0]
+    except InputError: return read_recording(path, start=0, duration=SMALL_S, **reading)
 
 def count_rows(
     metrics: Metrics,
@@ -84,17 +86,18 @@ def count_rows(
 
 # %% ../../nbs/81_service.scans.ipynb #a54a399e
 def scan_job(
-    path: Path,  # the recording, in a folder of its own
+    path: Path,  # the recording, in a folder of its own, with `READING` where its caller said something
     engine: Engine,  # whose bundle answers, and who is told
     stop: threading.Event,  # set: the service stops
 ) -> dict:  # of `scan_reply`
     "Classify the whole recording of a job. Raises `InputError`, of it `DiskError`, and `Stopped`."
-    begin, predictor = time.perf_counter(), Predictor(engine.predictor.bundle, threads=1)
+    begin, predictor, said = time.perf_counter(), Predictor(engine.predictor.bundle, threads=1), path.parent / READING
+    reading = read_json(said) if said.is_file() else {}
     def tell(rows):
         if stop.is_set(): raise Stopped
         count_rows(engine.metrics, rows)
-    scan = scan_file(path, path.parent / f".scan-{__version__}-{predictor.bundle.sha256[:16]}", predictor, STEP_S, threads=1, tell=tell)
-    recording = read_middle(path)
+    scan = scan_file(path, path.parent / f".scan-{__version__}-{predictor.bundle.sha256[:16]}", predictor, STEP_S, threads=1, tell=tell, **reading)
+    recording = read_middle(path, **reading)
     answer = scan_reply(scan, recording, predictor, files_hash(path.parent), begin)
     x = predictor.inputs(recording)
     middle = scan.table.iloc[(scan.table["at"] - recording.start - x.at).abs().argmin()]

@@ -19,9 +19,10 @@ from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.requests import ClientDisconnect
 
+from ..core import write_json
 from ..predict import read_around, stored_context
 from .core import Window
-from .jobs import safe_name
+from .jobs import READING, safe_name
 
 # %% ../../nbs/81_service.uploads.ipynb #8715a84a
 MOST_FILES = 8  # of one recording
@@ -57,14 +58,16 @@ HEADERS = (".vhdr", ".lay", ".set")  # formats whose header names the other file
 def keep_files(
     files: list[UploadFile],  # as they came
     folder: Path,  # made for them
+    **reading,  # unit: see `read_recording`
 ) -> Path:  # the file to open
-    "Write uploads into a folder. Raises HTTPException."
+    "Write uploads into a folder, with how they are to be read. Raises HTTPException and `DiskError`."
     paths = [folder / safe_name(f.filename, i, len(files) == 1) for i, f in enumerate(files)]
     if len(set(paths)) < len(paths): raise HTTPException(422, "two files have the same name")
     try:
         for file, path in zip(files, paths):
             with open(path, "xb") as out: shutil.copyfileobj(file.file, out, 1 << 20)
     except OSError as e: raise no_space(e) from None
+    if any(reading.values()): write_json(folder / READING, reading)
     return next((p for p in paths if p.suffix.lower() in HEADERS), paths[0])
 
 def read_file(

@@ -44,13 +44,13 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, HTTPConnection
 
-from .. import __version__
+from .. import __version__, records
 from ..audit import AuditLog, log_name
 from ..runtime import BATCH
-from ..core import NOTICE, InputError, get_settings, setting_path
+from ..core import NOTICE, DiskError, InputError, get_settings, setting_path
 from .core import MAX_SAMPLES, Answer, Answers, Batch, Sample, Window, input_problem, make_window, problem, read_array, read_batch, read_json, read_sample
 from .engine import Engine
-from .jobs import Ledger, LedgerError, work_through
+from .jobs import Ledger, work_through
 from .limits import Slots, cap_body, check_host, check_origin, count_requests, limit_rate, take_slot
 from .scans import scan_job
 from .stream import Streams, serve_stream
@@ -165,12 +165,13 @@ async def predict_upload(request: Request, at: At = None, unit: Unit = None) -> 
 JobId = Annotated[str, InPath(pattern="^[0-9a-f]{16}$")]
 
 @predictions.post("/jobs", status_code=202, responses=ERRORS, openapi_extra=FORM)
-async def add_job(request: Request, caller: MayPredict) -> Response:
+async def add_job(request: Request, caller: MayPredict, unit: Unit = None) -> Response:
     "Accept a whole recording for later. It is on the disk when this answers, and has one result in the end."
+    records.Request(unit=unit)  # refuses an unknown unit before the files come
     state, run = request.app.state, partial(asyncio.get_running_loop().run_in_executor, request.app.state.engine.decoders)
     folder = state.ledger.place()
     try:
-        async with sent_files(request) as files: id = await run(lambda: state.ledger.add(keep_files(files, folder), caller.subject))
+        async with sent_files(request) as files: id = await run(lambda: state.ledger.add(keep_files(files, folder, unit=unit), caller.subject))
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
@@ -252,10 +253,10 @@ def explain_errors(app: FastAPI):
         return input_problem(e)
     async def full(connection: HTTPConnection, e: Exception):
         logging.getLogger(__name__).error("%s", e)
-        return problem(503, "the ledger of jobs cannot be used now", {"Retry-After": "60"})
+        return problem(503, "the disk refuses what has to be kept: try again later", {"Retry-After": "60"})
     async def gone(request: Request, e: Exception): return problem(400, "the body ended before its end")
     async def fault(request: Request, e: Exception): return problem(500, "an internal error; it is in the log of the service")
-    for kind, handler in ((StarletteHTTPException, http), (RequestValidationError, invalid), (LedgerError, full), (InputError, unusable), (ClientDisconnect, gone), (Exception, fault)):
+    for kind, handler in ((StarletteHTTPException, http), (RequestValidationError, invalid), (DiskError, full), (InputError, unusable), (ClientDisconnect, gone), (Exception, fault)):
         app.add_exception_handler(kind, handler)
 
 # %% ../../nbs/81_service.web.ipynb #6f2a7913
