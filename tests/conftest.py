@@ -1,6 +1,9 @@
 """Shared fixtures. Real EEG is not part of the project: tests that need it look beside the clone and say why they skip."""
 import os
+import shutil
 import socket
+import tempfile
+from multiprocessing.util import Finalize
 from pathlib import Path
 
 import pytest
@@ -23,8 +26,11 @@ def free_port() -> int:
 
 @pytest.fixture(scope="session", autouse=True)
 def temporary(tmp_path_factory):
-    "What notebooks and killed services leave in the temporary folder goes with the folders of the tests."
-    os.environ["TMPDIR"] = str(tmp_path_factory.mktemp("t"))
+    "What notebooks and killed services leave in the temporary folder goes when the tests end."
+    tmp_path_factory.getbasetemp()  # stays where pytest puts it
+    folder = os.environ["TMPDIR"] = tempfile.tempdir = tempfile.mkdtemp(prefix="hms_tests_")
+    os.chmod(folder, 0o711)  # some tests run as another user
+    Finalize(None, shutil.rmtree, args=(folder, True), exitpriority=-200)  # after the folder of multiprocessing, which lies in it
 
 
 @pytest.fixture(scope="session")
