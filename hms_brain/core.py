@@ -10,7 +10,7 @@ __all__ = ['TELLS', 'CLASSES', 'CLASS_LABELS', 'VOTE_COLUMNS', 'CHANNELS', 'EKG'
            'DiskError', 'find_root', 'read_ini', 'did_you_mean', 'get_settings', 'setting_path', 'rng_for',
            'disk_reason', 'atomic_path', 'atomic_folder', 'try_lock', 'ScratchFolder', 'to_jsonable', 'write_json',
            'read_json', 'save_frame', 'load_frame', 'sha256_file', 'Registry', 'keep_to_one_core', 'with_progress',
-           'parallel_map']
+           'parallel_map', 'give_back']
 
 # %% ../nbs/00_core.ipynb #82574faf
 import hashlib
@@ -358,3 +358,11 @@ def parallel_map(
     from multiprocessing import get_context
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=keep_to_one_core) as pool:
         yield from with_progress(pool.map(function, items, chunksize=1), len(items), label)
+
+# %% ../nbs/00_core.ipynb #0682d47d
+def give_back():
+    "Return freed memory to the system, where the C library (glibc) can."
+    import ctypes
+    import gc
+    gc.collect()
+    with suppress(OSError, AttributeError, TypeError): ctypes.CDLL(None).malloc_trim(0)

@@ -13,6 +13,8 @@ import pandas as pd
 import pytest
 from scipy.io import savemat
 
+import hms_brain.session
+from hms_brain.bundle import MANIFEST, seal_files
 from hms_brain.core import CHANNELS, CLASSES, EKG, FS, InputError
 from hms_brain.elsewhere import Stored
 from hms_brain.events import Event
@@ -74,6 +76,24 @@ def test_what_a_killed_app_leaves_goes_with_the_next(tmp_path, monkeypatch):
         assert (kept / "upload.edf").is_file() and not left.parent.exists()
         lives.communicate()
     assert not list(tmp_path.iterdir())
+
+
+def test_sessions_share_a_network_until_the_bundle_changes(tmp_path, two_minutes, monkeypatch):
+    "Every network of its own would keep tens of megabytes."
+    write_edf(tmp_path / "a.edf", two_minutes)
+    def seen():
+        session = Session(tmp_path, open_reader(tmp_path / "a.edf", tmp_path), step=30.0)
+        scan_session(session)
+        assert session.state == "done"
+        return session.predictor
+    first = seen()
+    assert first is seen()
+    other = Path(shutil.copytree(first.bundle.folder, tmp_path / "other"))
+    card = other / "card.md"
+    card.write_text(card.read_text() + "Another.\n")
+    (other / MANIFEST).write_bytes(seal_files({p.name: p.read_bytes() for p in other.iterdir() if p.name != MANIFEST}))
+    monkeypatch.setattr(hms_brain.session, "default_bundle", lambda: other)
+    assert (second := seen()) is not first and second.bundle.folder == other
 
 
 @pytest.mark.parametrize("state, words", [("running", "still running at 0:10:24 of 2:00:00."), ("stopped", "was stopped at 0:10:24 of 2:00:00."), ("failed", "failed at 0:10:24 of 2:00:00: the disk is gone.")])
