@@ -2,8 +2,9 @@
 import os
 import shutil
 import socket
+import sys
 import tempfile
-from multiprocessing.util import Finalize
+from multiprocessing.util import get_temp_dir
 from pathlib import Path
 
 import pytest
@@ -24,13 +25,19 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
+def pytest_sessionfinish():
+    "A worker that takes long to end is killed: what it has covered is written before."
+    if "coverage" in sys.modules and (running := sys.modules["coverage"].Coverage.current()): running.save()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def temporary(tmp_path_factory):
     "What notebooks and killed services leave in the temporary folder goes when the tests end."
-    tmp_path_factory.getbasetemp()  # stays where pytest puts it
+    tmp_path_factory.getbasetemp(), get_temp_dir()  # those of pytest and multiprocessing stay where they are
     folder = os.environ["TMPDIR"] = tempfile.tempdir = tempfile.mkdtemp(prefix="hms_tests_")
     os.chmod(folder, 0o711)  # some tests run as another user
-    Finalize(None, shutil.rmtree, args=(folder, True), exitpriority=-200)  # after the folder of multiprocessing, which lies in it
+    yield
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
