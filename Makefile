@@ -35,7 +35,8 @@ test: $(VENV)/.ready $(DEMO)/.ready  ## set up everything, run the tests that CI
 	$(VENV)/bin/coverage report
 
 test-all: $(VENV)/.ready $(DEMO)/.ready  ## every test, the slow and the destructive ones too
-	$(VENV)/bin/python -m pytest -n 2 --dist worksteal
+	$(VENV)/bin/python -m pytest -m "not alone" -n 2 --dist worksteal
+	$(VENV)/bin/python -m pytest -m alone
 
 mutation: $(VENV)/.ready  ## take the guards away one by one: a named test must fail for each
 	$(VENV)/bin/python tests/mutation.py

@@ -21,8 +21,7 @@ import hms_brain
 from .core import CLASS_LABELS, CLASSES, FS, WINDOW_S, InputError, notice_for
 from .pages import Reader, pack_page, page
 from .plots import CLASS_COLORS, CLASS_COLORS_SAFE, REGION_NAMES, spectrum_palette
-from .predict import Predictor
-from .session import KINDS, PACKED, Session, Sessions, checked_labels, kind_bits, explain_at, progress
+from .session import KINDS, PACKED, Session, Sessions, checked_labels, kind_bits, explain_at, progress, shared_predictor
 from .signal import MONTAGES, bandpass, fill_gaps
 
 if TYPE_CHECKING:
@@ -52,7 +51,7 @@ def describe(
     reader, first = session.reader, float(session.plan.firsts[0] / FS + WINDOW_S / 2 - session.step / 2)
     # without exact potentials only differences along the chains are shown
     names = ("double_banana",) if reader.look.reference == "bipolar" else tuple(MONTAGES)
-    bundle = session.predictor.bundle if session.predictor else Predictor().bundle
+    bundle = (session.predictor or shared_predictor()).bundle
     return {"id": reader.id, "duration": reader.duration, "channels": list(reader.channels), "gaps": [list(g) for g in reader.gaps],
             "classes": [{"key": c, "label": CLASS_LABELS[c], "color": CLASS_COLORS[c], "safe": CLASS_COLORS_SAFE[c]} for c in CLASSES],
             "montages": [{"name": n, "pairs": [list(p) for p in MONTAGES[n]]} for n in names], "regions": [list(x) for x in REGION_NAMES.items()],

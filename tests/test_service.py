@@ -583,6 +583,7 @@ def test_more_clients_than_slots(service):
 LOAD_SECONDS = float(os.environ.get("HMS_LOAD_SECONDS", "60"))
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_load():
     "A minute each. Eight clients: no error, p99 within ten times the median of one. Sixty-four: only answers and 429, /health within half a second. Memory grows by 300 MiB at most."

@@ -165,6 +165,7 @@ def clone(tmp_path_factory):
     return folder
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_a_newcomers_walk(clone):
     "README, then each tutorial, in one clone; twenty minutes and ten gigabytes where the packages are near."
