@@ -136,4 +136,4 @@ def test_an_answer_for_a_period_holds_for_its_rows(tmp_path):
     assert len(table) == 3 * len(cache) and table.groupby(["for_fold", "period"])[PSEUDO].nunique().eq(1).all(axis=None)
     view = replace(recipe, fold=2)
     windows = view.windows(labels.cache(cache, 2), view.split(cache), 0)
-    assert np.isfinite(windows.__getitems__([0, 1])["target"]).all()
+    assert windows.__getitems__([0, 1])["target"].isfinite().all()

@@ -168,7 +168,7 @@ def clone(tmp_path_factory):
 @pytest.mark.alone
 @pytest.mark.slow
 def test_a_newcomers_walk(clone):
-    "README, then each tutorial, in one clone; a quarter of an hour and ten gigabytes where the packages are near."
+    "README, then each tutorial, in one clone; fourteen to twenty-three minutes and ten gigabytes where the packages are near."
     shell = Shell(clone)
     walk(shell, clone / "README.md")
     for path in TUTORIALS:
