@@ -56,7 +56,7 @@ def library(
 # %% ../nbs/88_docs.ipynb #cf54930e
 PARTS: dict[str, str | tuple[str, ...]] = {"": ("index", "architecture", "safety"), "Tutorials": "tutorials/*", "Commands": "pipelines/*", "Screens": "dashboards/*", "Library": "[0-9][0-9]_*"}
 STYLE = """body{margin:0;font:16px/1.55 sans-serif;color:#222;display:flex}nav{width:17rem;flex:none;height:100vh;overflow:auto;position:sticky;top:0;background:#f4f4f0;padding:1rem;box-sizing:border-box;font-size:14px}
-nav a{display:block;padding:.1rem 0}nav b{display:block;margin-top:.8rem}a{color:#1f4e79}main{max-width:56rem;min-width:0;padding:1rem 2rem}pre,.output{background:#f7f7f7;padding:.6rem;overflow:auto;font-size:13px}
+nav a{display:block;padding:.1rem 0}nav b{display:block;margin-top:.8rem}a{color:#1f4e79}main{max-width:62rem;min-width:0;padding:1rem 2rem}pre,.output{background:#f7f7f7;padding:.6rem;overflow:auto;font-size:13px}
 .output{border-left:3px solid #c8d8e8;background:none}table{border-collapse:collapse}td,th{border:1px solid #ccc;padding:.3rem .5rem;vertical-align:top;text-align:left}img{max-width:100%}code{background:#f0f0ee}pre code{background:none}
 .anchor-link{display:none}@media(max-width:50rem){body{display:block}nav{width:auto;height:12rem;position:static}}"""
 
@@ -120,7 +120,8 @@ def build_docs(
         up = "../" * page.count("/")
         head = f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title(page)} - hms_brain</title><link rel="stylesheet" href="{up}site.css">'
         with atomic_path(out / page) as tmp: tmp.write_text(f'{head}<nav>{menu.replace("@", up)}</nav><main>{page_body(path, up, places)}</main></html>\n', encoding="utf-8")
-    (out / "site.css").write_text(STYLE + HtmlFormatter().get_style_defs(".highlight"), encoding="utf-8")
+    own = "".join(p.read_text(encoding="utf-8") for p in nbs.glob("*.css"))
+    (out / "site.css").write_text(STYLE + own + HtmlFormatter().get_style_defs(".highlight"), encoding="utf-8")
     for picture in nbs.glob("*.svg"): shutil.copy(picture, out)
     return out / "index.html"
 
