@@ -4,7 +4,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from conftest import ROOT
+from conftest import ROOT, needs_browser
 
 from hms_brain.docs import build_docs, library, list_pages, relink
 
@@ -45,6 +45,16 @@ def test_nothing_comes_from_elsewhere(site):
 def test_every_notebook_is_in_the_menu_of_every_page(site):
     places = {page for pages in list_pages(ROOT / "nbs").values() for page in pages.values()}
     for page in ("index.html", "tutorials/add_a_model.html"): assert places <= {n.removeprefix("../") for n in Names(site / page).links}
+
+
+@needs_browser
+def test_no_page_is_wider_than_its_window(site, browser):
+    with browser.new_page(viewport={"width": 1300, "height": 900}) as view:
+        wide = {}
+        for page in site.rglob("*.html"):
+            view.goto(page.as_uri())
+            if (width := view.evaluate("document.documentElement.scrollWidth")) > 1300: wide[page.name] = width
+    assert wide == {}
 
 
 def test_links_elsewhere_stay():
